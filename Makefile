@@ -1,0 +1,44 @@
+# make help lists the targets. Each sets up what it needs on a fresh clone.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+RUN ?= runs/digits
+export DS_ACCELERATOR ?= cpu
+
+.PHONY: help setup demo test test-slow check bench clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+
+setup: $(STAMP)  ## virtual environment with pinned dependencies
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	# torch first: deepspeed's build imports it, and an unpinned torch would bring gigabytes of CUDA
+	$(BIN)/pip install --quiet --constraint constraints.txt setuptools wheel numpy torch
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation deepspeed
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	touch $(STAMP)
+
+demo: $(STAMP)  ## the main job on embedded data: two ranks on the CPU, into runs/digits
+	$(BIN)/python scripts/launch.py configs/digits --nproc 2 --run-dir $(RUN)
+
+test: $(STAMP)  ## the tests (under 15 minutes on 2 cores)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+test-slow: $(STAMP)  ## the heavier matrices too
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m 'not gpu'
+
+check: $(STAMP)  ## ruff, pyright and the import arrows
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/python -m pytest -q tests/test_architecture.py
+
+bench: $(STAMP)  ## the measurements of this machine
+	$(BIN)/python scripts/bench.py dp
+	$(BIN)/python scripts/bench.py train
+
+clean:  ## runs and caches; the environment stays
+	rm -rf runs .pytest_cache .ruff_cache .hypothesis

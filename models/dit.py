@@ -1,0 +1,206 @@
+"""DiT: the diffusion transformer with adaLN-Zero blocks.
+
+Source: Peebles & Xie 2022, "Scalable Diffusion Models with Transformers". Without a learned sigma: the output has the
+input's channels. Nothing couples records: there are no batch statistics, and each output depends on its record alone.
+"""
+
+# B records, C channels, H x W pixels or latents, P patch side, N tokens, F features of a patch, D model width
+
+from typing import Any, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from models.layers import (
+    MLP,
+    SINUSOID_FEATURES,
+    Attention,
+    Embedding,
+    Linear,
+    TimestepEmbedding,
+    modulated_norm,
+    sincos_positions,
+)
+
+SizeName = Literal["nano", "tiny", "S", "B", "L", "XL"]
+
+# width, depth, heads; S to XL as in the paper's Table 1
+SIZES: dict[SizeName, tuple[int, int, int]] = {
+    "nano": (128, 4, 4),
+    "tiny": (192, 6, 3),
+    "S": (384, 12, 6),
+    "B": (768, 12, 12),
+    "L": (1024, 24, 16),
+    "XL": (1152, 28, 16),
+}
+
+
+class DiTConfig(BaseModel):
+    """A DiT's shape: a named `size`, or `width`, `depth` and `heads`; after validation all four are set and agree."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    size: SizeName | None = None
+    width: int = Field(default=0, ge=0)
+    depth: int = Field(default=0, ge=0)
+    heads: int = Field(default=0, ge=0)
+    image_size: int = Field(gt=0)
+    channels: int = Field(gt=0)
+    patch_size: int = Field(default=2, gt=0)
+    num_classes: int = Field(gt=0)
+    mlp_ratio: int = Field(default=4, gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_size(cls, values: Any) -> Any:
+        size = values.get("size") if isinstance(values, dict) else None
+        if not isinstance(size, str) or size not in SIZES:
+            return values
+        named = dict(zip(("width", "depth", "heads"), SIZES[size], strict=True))
+        for name, value in named.items():
+            if values.get(name, value) != value:
+                raise ValueError(f"{name} is {values[name]}, but size {size} has {value}: give one of the two")
+        return {**values, **named}
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        for name in ("width", "depth", "heads"):
+            if getattr(self, name) == 0:
+                raise ValueError(f"{name} is missing: give size ({', '.join(SIZES)}), or width, depth and heads")
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.width % 4:
+            raise ValueError(f"width {self.width} is not a multiple of 4, which the position features need")
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        return self
+
+    @property
+    def grid_size(self) -> int:
+        return self.image_size // self.patch_size
+
+    @property
+    def num_tokens(self) -> int:
+        return self.grid_size**2
+
+    @property
+    def patch_features(self) -> int:
+        return self.channels * self.patch_size**2
+
+
+class DiTBlock(nn.Module):
+    """Attention and MLP, each normed, shifted, scaled and gated by the record's conditioning.
+
+    Conditioning stays [B, D] into `modulation`: one row a record makes its per-record gradient norm cheap.
+    """
+
+    def __init__(self, width: int, heads: int, mlp_ratio: int) -> None:
+        super().__init__()
+        self.modulation = Linear(width, 6 * width)
+        self.attention = Attention(width, heads)
+        self.mlp = MLP(width, mlp_ratio * width)
+
+    def forward(self, x_BND: Tensor, condition_BD: Tensor) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition_BD).chunk(6, dim=-1)
+        x_BND = x_BND + gate1[:, None] * self.attention(modulated_norm(x_BND, shift1, scale1))
+        return x_BND + gate2[:, None] * self.mlp(modulated_norm(x_BND, shift2, scale2))
+
+
+class FinalLayer(nn.Module):
+    """Norm and modulate, then one linear layer to each token's patch, [B, N, D] -> [B, N, F]."""
+
+    def __init__(self, width: int, patch_features: int) -> None:
+        super().__init__()
+        self.modulation = Linear(width, 2 * width)
+        self.proj = Linear(width, patch_features)
+
+    def forward(self, x_BND: Tensor, condition_BD: Tensor) -> Tensor:
+        shift, scale = self.modulation(condition_BD).chunk(2, dim=-1)
+        return self.proj(modulated_norm(x_BND, shift, scale))
+
+
+class DiT(nn.Module):
+    """Predict from x_t, its time and its class what the objective asks for, at x_t's shape.
+
+    Guarantee: output i depends on record i alone. Builds on the meta device; after `to_empty`, call `init_weights`,
+    or `init_buffers` and then load the parameters.
+    """
+
+    positions: Tensor
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.patch_embed = Linear(config.patch_features, width)
+        self.time_embed = TimestepEmbedding(width)
+        self.class_embed = Embedding(config.num_classes + 1, width)
+        self.blocks = nn.ModuleList(DiTBlock(width, config.heads, config.mlp_ratio) for _ in range(config.depth))
+        self.final = FinalLayer(width, config.patch_features)
+        self.register_buffer("positions", torch.empty(config.num_tokens, width), persistent=False)
+        self.init_buffers()
+
+    @property
+    def null_class(self) -> int:
+        """The label that stands for "no class" in label dropout and classifier-free guidance."""
+        return self.config.num_classes
+
+    def forward(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor) -> Tensor:
+        """x_t [B, C, H, W], t in [0, 1] [B], int64 labels in 0..num_classes [B] -> the prediction [B, C, H, W]."""
+        tokens_BND = self.patch_embed(self._patchify(x_BCHW).to(self.patch_embed.weight.dtype))
+        tokens_BND = tokens_BND + self.positions.to(tokens_BND.dtype)
+        condition_BD = F.silu(self.time_embed(t_B) + self.class_embed(y_B))
+        for block in self.blocks:
+            tokens_BND = block(tokens_BND, condition_BD)
+        return self._unpatchify(self.final(tokens_BND, condition_BD))
+
+    def init_buffers(self) -> None:
+        """Fill in the position features, which no checkpoint holds."""
+        self.positions.copy_(sincos_positions(self.config.grid_size, self.config.width))
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Fill in every parameter and buffer as the paper does: Xavier, with the gates and the output at zero.
+
+        Guarantee: the weights are a function of the generator's seed and the config, whatever the device or sharding:
+        each tensor is drawn whole on the CPU, and a sharded parameter (DTensor) keeps its own part.
+        """
+        self.init_buffers()
+        for name, parameter in self.named_parameters():
+            value = torch.zeros(parameter.shape, device="cpu")
+            if name.startswith(("time_embed", "class_embed")) and name.endswith("weight"):
+                nn.init.normal_(value, std=0.02, generator=generator)
+            elif name.endswith("weight") and "modulation" not in name and name != "final.proj.weight":
+                nn.init.xavier_uniform_(value, generator=generator)
+            if isinstance(parameter, DTensor):
+                value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            parameter.copy_(value)
+
+    def forward_flops(self, batch: int = 1) -> int:
+        """Floating-point operations of one forward of `batch` records, a multiply-add as two; matrix products only."""
+        config, width, tokens = self.config, self.config.width, self.config.num_tokens
+        token_weights = (4 + 2 * config.mlp_ratio) * width**2
+        block = 2 * tokens * token_weights + 4 * tokens**2 * width + 2 * 6 * width**2
+        ends = 2 * (2 * tokens * config.patch_features * width)
+        conditioning = 2 * (SINUSOID_FEATURES * width + width**2) + 2 * 2 * width**2
+        return batch * (config.depth * block + ends + conditioning)
+
+    def _patchify(self, x_BCHW: Tensor) -> Tensor:
+        config = self.config
+        expected = (config.channels, config.image_size, config.image_size)
+        if x_BCHW.shape[1:] != expected:
+            raise ValueError(f"the input has shape {tuple(x_BCHW.shape)}, but the model takes [B, *{expected}]")
+        grid, patch = config.grid_size, config.patch_size
+        x_BChpwq = x_BCHW.reshape(-1, config.channels, grid, patch, grid, patch)
+        # features in the order (channel, row, column), that of a convolution's weight
+        return x_BChpwq.permute(0, 2, 4, 1, 3, 5).reshape(-1, config.num_tokens, config.patch_features)
+
+    def _unpatchify(self, x_BNF: Tensor) -> Tensor:
+        config = self.config
+        grid, patch = config.grid_size, config.patch_size
+        # features in the order (row, column, channel), that of Peebles & Xie's last layer
+        x_BhwpqC = x_BNF.reshape(-1, grid, grid, patch, patch, config.channels)
+        return x_BhwpqC.permute(0, 5, 1, 3, 2, 4).reshape(-1, config.channels, config.image_size, config.image_size)

@@ -1,0 +1,132 @@
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from train import ROOT
+from train.launchers import (
+    LaunchError,
+    Placement,
+    check_port,
+    free_port,
+    sbatch_script,
+    stage_command,
+    stage_environment,
+    worker_arguments,
+)
+from train.recipe import load_stage
+
+DIGITS = ROOT / "configs" / "digits"
+PRETRAIN = load_stage(DIGITS / "30_pretrain.yaml", ["parallel={backend: ddp, nproc: 2}"])
+WORKER = ["p.yaml", "--run-dir", "runs/x"]
+
+
+def test_a_worker_is_told_its_file_folder_overrides_and_epoch() -> None:
+    arguments = worker_arguments(Path("p.yaml"), Path("runs/x"), ["a.b=1", "c=2"], 7)
+    assert arguments == ["p.yaml", "--run-dir", "runs/x", "--set", "a.b=1", "--set", "c=2", "--fencing-epoch", "7"]
+
+
+def test_a_stage_that_does_not_train_is_one_plain_process() -> None:
+    command = stage_command(load_stage(DIGITS / "20_filter.yaml"), Placement("deepspeed"), WORKER)
+    assert command == [sys.executable, "-m", "train", *WORKER]
+
+
+def test_a_single_backend_needs_no_launcher() -> None:
+    stage = load_stage(DIGITS / "30_pretrain.yaml", ["parallel={backend: single, nproc: 1}", "train.microbatch_size=1"])
+    assert stage_command(stage, Placement(), WORKER)[1:3] == ["-m", "train"]
+
+
+def test_torchrun_starts_nproc_ranks_and_leaves_restarts_to_us() -> None:
+    command = stage_command(PRETRAIN, Placement(), WORKER)
+    assert command[1:] == [
+        "-m", "train.torchrun", "--standalone", "--nproc-per-node", "2", "--max-restarts", "0", "-m", "train", *WORKER
+    ]  # fmt: skip
+
+
+def test_several_nodes_meet_at_the_first() -> None:
+    command = stage_command(PRETRAIN, Placement(nnodes=2, node_rank=1, address="node7", port=1234), WORKER)
+    assert command[command.index("--rdzv-endpoint") + 1] == "node7:1234"
+    assert command[command.index("--nnodes") + 1] == "2"
+
+
+def test_deepspeed_starts_nproc_ranks_on_a_free_port() -> None:
+    command = stage_command(PRETRAIN, Placement("deepspeed"), WORKER)
+    assert Path(command[0]).name == "deepspeed" and Path(command[0]).exists()
+    assert command[1:3] == ["--num_accelerators", "2"]
+    assert command[-len(WORKER) - 2 :] == ["--module", "train", *WORKER]
+
+
+def test_deepspeed_on_several_nodes_is_refused_with_the_mend() -> None:
+    with pytest.raises(LaunchError, match="use torchrun or slurm"):
+        stage_command(PRETRAIN, Placement("deepspeed", nnodes=2), WORKER)
+
+
+def test_ranks_share_the_cores_and_find_our_packages_first() -> None:
+    env = stage_environment(PRETRAIN, {"PYTHONPATH": "/theirs"}, cuda=False)
+    assert env["PYTHONPATH"] == os.pathsep.join([str(ROOT), "/theirs"])
+    assert env["OMP_NUM_THREADS"] == str(max(1, len(os.sched_getaffinity(0)) // 2))
+    assert env["DS_ACCELERATOR"] == "cpu"
+    assert stage_environment(PRETRAIN, {"OMP_NUM_THREADS": "5"}, cuda=True)["OMP_NUM_THREADS"] == "5"
+
+
+def test_a_port_in_use_is_refused_with_a_free_one() -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(
+            LaunchError, match=rf"--port {port} cannot be used \(Address already in use\): give another"
+        ):
+            check_port(port)
+    check_port(free_port())
+
+
+def test_the_sbatch_script_is_sound_shell_and_asks_to_be_told_before_its_end(tmp_path: Path) -> None:
+    script = sbatch_script("digits", tmp_path, ["python", "launch.py", "a b"], nnodes=2, gpus=8, port=29500)
+    for line in ("--nodes=2", "--gpus-per-node=8", "--signal=B:TERM@120", "--requeue", "--ntasks-per-node=1"):
+        assert f"#SBATCH {line}\n" in script
+    assert "srun --kill-on-bad-exit=1 python launch.py 'a b' &" in script
+    subprocess.run(["bash", "-n"], input=script.encode(), check=True)
+
+
+def test_without_gpus_the_sbatch_script_asks_for_none(tmp_path: Path) -> None:
+    assert "#SBATCH --gpus" not in sbatch_script("digits", tmp_path, ["python"], nnodes=1, gpus=0, port=1)
+
+
+SLURM = {
+    "scontrol": 'echo "scontrol $*" >> "$CALLS"; if [ "$1" = show ]; then echo node7; echo node8; fi',
+    "srun": 'echo "srun $MASTER_ADDR:$MASTER_PORT $*" >> "$CALLS"\n'
+    "trap 'sleep 0.2; exit 143' TERM\n"
+    'touch "$CALLS.up"\n'
+    "for _ in $(seq 200); do sleep 0.05; done",
+}
+
+
+def test_the_sbatch_script_passes_the_warning_on_waits_for_the_save_and_queues_again(tmp_path: Path) -> None:
+    for name, body in SLURM.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    calls = tmp_path / "calls"
+    script = tmp_path / "sfumato.sbatch"
+    script.write_text(sbatch_script("digits", tmp_path, ["launch"], nnodes=2, gpus=0, port=29500))
+    environment = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "CALLS": str(calls),
+        "SLURM_JOB_ID": "42",
+        "SLURM_JOB_NODELIST": "node[7-8]",
+    }
+    with subprocess.Popen(["bash", str(script)], env=environment) as job:
+        while not (tmp_path / "calls.up").exists():
+            assert job.poll() is None
+            time.sleep(0.02)
+        job.terminate()
+    assert job.returncode == 143
+    assert calls.read_text().splitlines() == [
+        "scontrol show hostnames node[7-8]",
+        "srun node7:29500 --kill-on-bad-exit=1 launch",
+        "scontrol requeue 42",
+    ]

@@ -1,0 +1,140 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from models.dit import DiT
+from train import ROOT
+from train.config import DiTModel, FinetuneStage, Parallel, TrainStage
+from train.launchers import Placement
+from train.plan import activation_bytes, count_records, plan, plan_memory, plan_privacy
+from train.recipe import ConfigError, load_recipe
+
+DIGITS = ROOT / "configs" / "digits"
+XL2 = ROOT / "configs" / "imagenet_dit_xl2"
+NANO = DiTModel(name="dit", size="nano", image_size=8, channels=1, patch_size=2, num_classes=10)
+SMALL = DiTModel(name="dit", width=64, depth=6, heads=4, image_size=16, channels=4, patch_size=2, num_classes=10)
+
+
+def finetune(*overrides: str) -> FinetuneStage:
+    stage = load_recipe(DIGITS, [f"finetune_dp.{override}" for override in overrides]).stage("finetune_dp")
+    assert isinstance(stage, FinetuneStage)
+    return stage
+
+
+def test_dit_xl2_is_planned_with_its_parameters_memory_and_epsilon_and_nothing_is_written(tmp_path: Path) -> None:
+    rows = {row.name: row for row in plan(load_recipe(XL2), tmp_path / "x", Placement())}
+    for name in ("pretrain", "finetune_dp"):
+        # 675 M, table 4 of Peebles and Xie; theirs has a learned sigma, 0.04 M more
+        assert rows[name].num_parameters == pytest.approx(675e6, rel=1e-3)
+        assert rows[name].world_size == 8
+        assert "h100" in rows[name].fits
+    privacy = rows["finetune_dp"].privacy
+    assert privacy is not None and privacy.epsilon < privacy.target == 10
+    assert rows["pretrain"].privacy is None
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("model", [NANO, SMALL], ids=["nano", "small"])
+def test_activations_are_estimated_within_a_tenth_of_what_autograd_keeps(model: DiTModel) -> None:
+    network = DiT(model)
+    network.init_weights(torch.Generator().manual_seed(0))
+    weights = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage  # held, so that no other takes its address
+        return tensor
+
+    images = torch.randn(16, model.channels, model.image_size, model.image_size)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        network(images, torch.rand(16), torch.zeros(16, dtype=torch.long))
+    measured = sum(storage.nbytes() for storage in kept.values())
+    assert activation_bytes(model, 16, 4, Parallel(backend="single")) == pytest.approx(measured, rel=0.1)
+
+
+def test_activation_checkpointing_keeps_less() -> None:
+    kept = [
+        activation_bytes(NANO, 8, 4, Parallel(backend="single", activation_checkpointing=flag))
+        for flag in (True, False)
+    ]
+    assert kept[0] < kept[1]
+
+
+@pytest.mark.parametrize(
+    ("backend", "copies_of_the_weights"),
+    [
+        # weights + gradients + moments + average, in whole copies and in quarters
+        ("ddp", 6),
+        ("fsdp2", 5 / 4),
+        ("zero1", 1 + 1 / 4 + 1 + 3 / 4),
+        ("zero2", 1 + 1 / 4 + 1 / 4 + 3 / 4),
+        ("zero3", 6 / 4),
+    ],
+)
+def test_states_are_counted_by_what_the_backend_shards(backend: str, copies_of_the_weights: float) -> None:
+    stage = finetune(f"parallel={{backend: {backend}, nproc: 4}}")
+    memory = plan_memory(stage, NANO, num_parameters=1000, largest_block=100, world_size=4)
+    states = memory.parameters + memory.gradients + memory.optimizer + memory.ema
+    assert states == pytest.approx(4 * 1000 * copies_of_the_weights)
+
+
+def test_the_noise_planned_holds_the_target_with_every_replay_step_used() -> None:
+    from privacy.accounting import epsilon
+
+    stage = finetune("train.steps=40", "privacy.replay_steps=10", "privacy.target_epsilon=3", "optim.warmup_steps=0")
+    planned = plan_privacy(stage, 1000)
+    event = {
+        "mechanism": "poisson_sampled_gaussian",
+        "sampling_rate": planned.sampling_rate,
+        "noise_multiplier": planned.noise_multiplier,
+    }
+    assert planned.sampling_rate == stage.train.batch_size / 1000
+    assert planned.epsilon < epsilon([(event, 50)], stage.privacy.delta) <= 3
+
+
+def test_a_batch_larger_than_the_data_is_refused() -> None:
+    stage = finetune()
+    with pytest.raises(ConfigError, match="but split private has 5 records: lower it to at most 5"):
+        plan_privacy(stage, 5)
+
+
+def test_records_are_counted_in_the_shards_where_they_are_there(tmp_path: Path) -> None:
+    recipe = load_recipe(DIGITS, ["finetune_dp.expected_records=500"])
+    stage = recipe.stage("finetune_dp")
+    assert isinstance(stage, TrainStage)
+    assert count_records(recipe, stage, tmp_path) == 500
+    split = tmp_path / "filter" / "private"
+    split.mkdir(parents=True)
+    (split / "private-00000.index.jsonl").write_text("{}\n" * 7)
+    (split / "private-00001.index.jsonl").write_text("{}\n" * 2)
+    assert count_records(recipe, stage, tmp_path) == 9
+
+
+def test_the_digits_are_counted_by_their_source(tmp_path: Path) -> None:
+    recipe = load_recipe(DIGITS)
+    stage = recipe.stage("finetune_dp")
+    assert isinstance(stage, TrainStage)
+    count = count_records(recipe, stage, tmp_path)
+    assert count is not None and 0 < count < 1797
+
+
+def test_what_is_not_known_is_said(tmp_path: Path) -> None:
+    recipe = load_recipe(XL2, ["finetune_dp.expected_records=null"])
+    row = next(row for row in plan(recipe, tmp_path, Placement()) if row.name == "finetune_dp")
+    assert row.privacy is None
+    assert "set expected_records" in row.notes[0]
+
+
+def test_a_delta_that_would_allow_giving_a_record_away_is_said(tmp_path: Path) -> None:
+    recipe = load_recipe(DIGITS, ["finetune_dp.expected_records=1000", "privacy.delta=2e-3"])
+    row = next(row for row in plan(recipe, tmp_path, Placement()) if row.name == "finetune_dp")
+    assert "is not below 1/1000" in row.notes[0]
+
+
+def test_the_plan_refuses_a_batch_that_the_nodes_cannot_share(tmp_path: Path) -> None:
+    recipe = load_recipe(DIGITS, ["pretrain.train.batch_size=64", "pretrain.train.microbatch_size=32"])
+    with pytest.raises(ValueError, match="which 6 ranks"):
+        plan(recipe, tmp_path, Placement(nnodes=3), [recipe.stage("pretrain")])

@@ -1,0 +1,92 @@
+"""What travels with exported weights: a privacy card for machines, a model card for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from privacy.audit import AuditReport
+from train.run_folder import RunFolder
+
+
+def privacy_card(report: AuditReport, manifest: Mapping[str, Any], run: RunFolder) -> dict[str, Any]:
+    """The guarantee and its evidence, as JSON values; without a private stage it says that nothing is promised."""
+    stage, metrics = manifest["stage"], manifest["metrics"]
+    card: dict[str, Any] = {"format": 1, "stage": stage, "code_version": manifest["code_version"], "guarantee": None}
+    if report.spending is not None and manifest["ledger"] is not None:
+        spending = report.spending
+        card["guarantee"] = {
+            "definition": "(epsilon, delta)-differential privacy",
+            "epsilon": spending.epsilon,
+            "delta": spending.delta,
+            "unit": spending.unit,
+            "relation": spending.relation,
+            "accountant": spending.accountant,
+            "mechanism": {key: metrics[key] for key in ("noise_multiplier", "sampling_rate", "max_grad_norm", "steps")},
+            "dataset_root": spending.dataset_root,
+        }
+        card["ledger"] = {"id": spending.ledger_id, "head": spending.head, "charges": spending.charges}
+        card["caveats"] = report.caveats
+    card["audit"] = {"verdict": report.verdict, "claims": [{"claim": c.claim, "holds": c.holds} for c in report.claims]}
+    card["trained_on"] = _sources(manifest, run)
+    return card
+
+
+def _sources(manifest: Mapping[str, Any], run: RunFolder) -> list[dict[str, Any]]:
+    """Every training stage behind the weights, the last first, with the split it read."""
+    stages = []
+    current: Mapping[str, Any] | None = manifest
+    while current is not None:
+        config = current["config"]
+        private = current["ledger"] is not None
+        stages.append({"stage": current["stage"], "split": config["split"], "private": private, "steps": current["metrics"]["steps"]})
+        current = run.read_manifest(config["init_from"]) if config["init_from"] else None
+    return stages
+
+
+def model_card(config: Mapping[str, Any], card: Mapping[str, Any], manifest: Mapping[str, Any], run: RunFolder) -> str:
+    """A page for whoever finds the weights: what they are, what they promise, how to use them."""
+    model, guarantee = config["model"], card["guarantee"]
+    if guarantee is None:
+        promise = "These weights were trained without differential privacy. They promise nothing about their training records."
+    else:
+        promise = (
+            f"Adding or removing one {guarantee['unit']} of the private training data changes the distribution of these "
+            f"weights by at most (ε, δ) = ({guarantee['epsilon']:.3f}, {guarantee['delta']:g}), computed by "
+            f"{guarantee['accountant']}. Audit: {card['audit']['verdict']}.\n\n"
+            "What the guarantee leaves out:\n\n" + "\n".join(f"- {caveat}" for caveat in card["caveats"])
+        )
+    trained = "\n".join(
+        f"| {source['stage']} | {source['split']} | {'yes' if source['private'] else 'no'} | {source['steps']} |"
+        for source in card["trained_on"]
+    )
+    return f"""# Class-conditional diffusion transformer
+
+{model["channels"]} x {model["image_size"]} x {model["image_size"]} images, {model["num_classes"]} classes; DiT of width \
+{model["width"]}, depth {model["depth"]}, {model["heads"]} heads, patches of {model["patch_size"]}. \
+The weights are the exponential moving average of `{manifest["stage"]}` in recipe `{run.recipe}`.
+
+## Privacy
+
+{promise}
+
+## Training
+
+| stage | split | private | steps |
+|---|---|---|---|
+{trained}
+
+Code: `{manifest["code_version"]}`.
+
+## Use
+
+```python
+import torch
+from pathlib import Path
+from train.generation import generate, load_export
+
+model, objective, _ = load_export(Path("model"))
+labels = torch.arange({model["num_classes"]})
+images = generate(model, objective, labels, seed=0, sampler="heun", steps=30, guidance=2.0)  # [N, C, H, W] in [-1, 1]
+```
+"""

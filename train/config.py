@@ -1,0 +1,331 @@
+"""What a recipe says: YAML files read into frozen models, every mistake named by file and dotted key.
+
+A recipe is a folder of stage files run in the order of their numbers; `configs/digits/40_finetune_dp.yaml` is the stage
+named `finetune_dp`. This file holds the stages a recipe may have; `train/recipe.py` reads them.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from models.dit import DiTConfig
+from privacy.pii.filter import Policy
+from train.sources import SourceConfig
+
+Positive = Annotated[int, Field(gt=0)]
+Natural = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+StageName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+
+# What says how and where a stage runs, not what it computes. A stage may be resumed with other values of these (another
+# world size gives the same records, and weights that differ by rounding only), so its identity leaves them out.
+OPERATIONAL = ("parallel", "log", "checkpoint", "train.microbatch_size", "privacy.key_file", "expected_records")
+
+
+class Section(BaseModel):
+    """A mapping of a stage file: immutable, with unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class DiTModel(DiTConfig):
+    """The `model` section: the architecture's name and its configuration."""
+
+    name: Literal["dit"]
+
+
+class Objective(Section):
+    """What the network predicts, at which timesteps, and how often the label is dropped for guidance."""
+
+    prediction: Literal["flow", "epsilon", "v"] = "flow"
+    timesteps: Literal["logit_normal", "uniform"] = "logit_normal"
+    label_dropout: Fraction = 0.1
+    noise_draws: Positive = 1  # (timestep, noise) pairs a record and step; in a private stage all are one unit
+
+
+class Train(Section):
+    """How long and on what: batch_size is global and logical; in a private stage it is the expected Poisson batch."""
+
+    steps: Positive
+    batch_size: Positive
+    microbatch_size: Positive  # records a rank puts through one forward
+    seed: Natural
+    precision: Literal["fp32", "bf16"] = "fp32"
+    max_grad_norm: PositiveFloat | None = None  # non-private gradient clipping
+
+
+class Optim(Section):
+    """AdamW, its learning-rate schedule and the weights' moving average."""
+
+    learning_rate: PositiveFloat
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    warmup_steps: Natural = 0
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    ema_decay: Fraction = 0.999
+
+
+class Parallel(Section):
+    """How a training stage is spread over processes; none of it changes which records a step reads."""
+
+    backend: Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
+    nproc: Positive = 1  # processes a node
+    activation_checkpointing: bool = False
+    compile: bool = False
+    hardware: str = "auto"  # a file of configs/hardware, for MFU and the memory plan
+
+    @model_validator(mode="after")
+    def _single_is_one_process(self) -> Self:
+        if self.backend == "single" and self.nproc != 1:
+            raise ValueError(
+                f"parallel.nproc is {self.nproc} but parallel.backend is single, which is one process: "
+                "set parallel.nproc to 1 or parallel.backend to ddp, fsdp2, zero1, zero2 or zero3"
+            )
+        return self
+
+
+class Checkpoint(Section):
+    """How often a training stage saves, and how many saves it keeps."""
+
+    every: Positive = 100
+    keep: Positive = 3
+
+
+class Log(Section):
+    """How often a line goes to metrics.jsonl, and what wandb does."""
+
+    every: Positive = 10
+    wandb: Literal["offline", "online", "disabled"] = "offline"
+
+
+class Privacy(Section):
+    """The promise of a private stage: (target_epsilon, delta) for adding or removing one `unit`."""
+
+    target_epsilon: PositiveFloat
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    max_grad_norm: PositiveFloat  # each unit's gradient is clipped to this L2 norm
+    loss_bound: PositiveFloat = 2.0  # each unit's loss is clipped to [0, loss_bound] for the noised loss curve
+    # The share of the privacy cost 1/sigma^2 that buys the loss curve: 1/sigma_loss^2 = loss_share / sigma^2.
+    loss_share: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    replay_steps: Natural  # budget kept back for steps run again after a restart, in steps; calibrated in
+    unit: Literal["record"] = "record"
+    dataset_cap: PositiveFloat | None = None  # epsilon that all runs on this data set together may spend
+    ledger: str | None = None  # null: ledger.jsonl in the run folder
+    key_file: str | None = None  # null: secret.key in the run folder, or the environment's SFUMATO_SECRET
+    secure_noise: bool = True  # ChaCha20; false: Philox, which the audit says
+    operator_metrics: bool = False  # true shows raw losses and clip fractions, outside the guarantee
+
+    @model_validator(mode="after")
+    def _target_is_within_the_cap(self) -> Self:
+        if self.dataset_cap is not None and self.target_epsilon > self.dataset_cap:
+            raise ValueError(
+                f"privacy.target_epsilon is {self.target_epsilon:g}, above privacy.dataset_cap {self.dataset_cap:g}: "
+                "lower the target or raise the cap"
+            )
+        return self
+
+
+class StageConfig(Section):
+    """One stage of a recipe. `name` is the file's stem without its number and is never written in the file."""
+
+    kind: ClassVar[str]
+    name: StageName
+
+    def inputs(self) -> tuple[str, ...]:
+        """The earlier stages whose manifests this stage reads, each once."""
+        named: list[str] = []
+        for key in ("data_from", "init_from"):
+            value = getattr(self, key, None)
+            named += [value] if isinstance(value, str) else list(value or ())
+        return tuple(dict.fromkeys(named))
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the stage's result: `identity_of` the resolved configuration."""
+        return identity_of(self.model_dump(mode="json"))
+
+    def sha256(self) -> str:
+        """Hex SHA-256 of the canonical JSON of `identity()`."""
+        canonical = json.dumps(self.identity(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+class IngestStage(StageConfig):
+    """Raw images and captions into indexed shards, split into public, private and test."""
+
+    kind = "ingest"
+    stage: Literal["ingest"]
+    source: SourceConfig
+    shard_size: Positive = 512  # records a shard
+    seed: Natural = 0
+
+
+class FilterStage(StageConfig):
+    """Personal data out of the captions and metadata out of the images, record by record."""
+
+    kind = "filter"
+    stage: Literal["filter"]
+    data_from: StageName
+    policy: Policy
+
+
+class TrainStage(StageConfig):
+    """What both kinds of training share; `model` is null where init_from names the stage that has it."""
+
+    init_from: StageName | None = None
+    data_from: StageName
+    split: str
+    expected_records: Positive | None = None  # for --dry-run only, where the data is not there yet
+    model: DiTModel | None = None
+    objective: Objective = Objective()
+    train: Train
+    optim: Optim
+    parallel: Parallel
+    checkpoint: Checkpoint = Checkpoint()
+    log: Log = Log()
+
+    @model_validator(mode="after")
+    def _model_or_init_from(self) -> Self:
+        if (self.model is None) == (self.init_from is None):
+            has = "both model and init_from" if self.model else "neither model nor init_from"
+            raise ValueError(f"the stage has {has}: give model to start anew, or init_from to go on from a stage")
+        return self
+
+    @model_validator(mode="after")
+    def _warm_up_ends(self) -> Self:
+        if self.optim.warmup_steps > self.train.steps:
+            raise ValueError(
+                f"optim.warmup_steps is {self.optim.warmup_steps}, more than train.steps {self.train.steps}: "
+                "the schedule would never reach optim.learning_rate"
+            )
+        return self
+
+
+class PretrainStage(TrainStage):
+    """Training without privacy, on public data only."""
+
+    kind = "pretrain"
+    stage: Literal["pretrain"]
+
+    @model_validator(mode="after")
+    def _reads_public_data(self) -> Self:
+        if self.split == "private":
+            raise ValueError(
+                "split is private, but a pretrain stage gives no privacy: set split to public, or stage to finetune_dp"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> Self:
+        check_batch(self, self.parallel.nproc)
+        return self
+
+
+class FinetuneStage(TrainStage):
+    """Training under (epsilon, delta)-differential privacy; its batches are Poisson, so no size has to divide."""
+
+    kind = "finetune_dp"
+    stage: Literal["finetune_dp"]
+    privacy: Privacy
+
+    @model_validator(mode="after")
+    def _nothing_undoes_the_mechanism(self) -> Self:
+        if self.parallel.compile:
+            raise ValueError(
+                "parallel.compile is true, but the clipped backward is not traced by torch.compile yet: set it to false"
+            )
+        if self.train.max_grad_norm is not None:
+            raise ValueError(
+                f"train.max_grad_norm is {self.train.max_grad_norm:g} in a private stage, which clips each record by "
+                "privacy.max_grad_norm and never the noised sum: set train.max_grad_norm to null"
+            )
+        return self
+
+
+class EvalStage(StageConfig):
+    """Samples from each stage of `init_from`, measured on features of a classifier trained on public data."""
+
+    kind = "eval"
+    stage: Literal["eval"]
+    init_from: Annotated[tuple[StageName, ...], Field(min_length=1)]
+    data_from: StageName
+    samples_per_class: Positive
+    batch_size: Positive = 250
+    sampler: Literal["euler", "heun", "ddim"] = "euler"
+    sampler_steps: Positive = 30
+    guidance: Annotated[float, Field(ge=0)] = 2.0
+    minimum_fidelity: dict[StageName, Annotated[float, Field(ge=0, le=1)]] = {}  # below it the launch says "missed"
+    seed: Natural = 0
+
+
+class AuditStage(StageConfig):
+    """The ledger read again by itself: what was spent, and whether the run folder bears it out."""
+
+    kind = "audit"
+    stage: Literal["audit"]
+
+
+class ExportStage(StageConfig):
+    """The EMA weights as safetensors, with the privacy card and the model card."""
+
+    kind = "export"
+    stage: Literal["export"]
+    init_from: StageName
+
+
+STAGES: dict[str, type[StageConfig]] = {
+    model.kind: model
+    for model in (IngestStage, FilterStage, PretrainStage, FinetuneStage, EvalStage, AuditStage, ExportStage)
+}
+
+
+def identity_of(dump: Mapping[str, Any]) -> dict[str, Any]:
+    """A dumped stage configuration, of this run or of a manifest, without the OPERATIONAL keys."""
+    identity: dict[str, Any] = copy.deepcopy(dict(dump))
+    for dotted in OPERATIONAL:
+        *sections, key = dotted.split(".")
+        holder: Any = identity
+        for section in sections:
+            holder = holder.get(section) or {}
+        holder.pop(key, None)
+    return identity
+
+
+def check_batch(stage: TrainStage, world_size: int) -> None:
+    """Refuse a non-private batch that does not fall evenly on `world_size` ranks and their microbatches.
+
+    A private stage passes: its batches are Poisson draws, whatever their size.
+    """
+    if stage.kind == "finetune_dp":
+        return
+    batch, micro = stage.train.batch_size, stage.train.microbatch_size
+    share, rest = divmod(batch, world_size)
+    if rest:
+        raise ValueError(
+            f"train.batch_size is {batch}, which {world_size} ranks (parallel.nproc a node) cannot share evenly; "
+            f"nearest valid with train.microbatch_size {micro}: {_choices(_multiples_near(batch, world_size * micro))}"
+        )
+    if share % micro:
+        divisors = [d for d in range(1, share + 1) if share % d == 0]
+        below = max(d for d in divisors if d <= micro)
+        above = min((d for d in divisors if d >= micro), default=below)
+        raise ValueError(
+            f"train.microbatch_size is {micro}, which does not divide a rank's share of train.batch_size "
+            f"({batch} / {world_size} ranks = {share}): nearest valid: {_choices([below, above])}"
+        )
+
+
+def _multiples_near(value: int, step: int) -> list[int]:
+    below = value // step * step
+    return [candidate for candidate in (below, below + step) if candidate > 0]
+
+
+def _choices(values: Sequence[int]) -> str:
+    return " or ".join(str(value) for value in dict.fromkeys(values))

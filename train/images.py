@@ -1,0 +1,95 @@
+"""Image bytes to pixels: limits are checked on the header, before anything is decoded."""
+
+from __future__ import annotations
+
+import io
+import struct
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+MAX_PIXELS = 16_000_000
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # decoders we let near foreign bytes
+
+# What Pillow raises on damaged bytes, besides OSError.
+_DAMAGE = (OSError, SyntaxError, ValueError, struct.error, EOFError, IndexError, TypeError, KeyError, MemoryError)
+
+
+class ImageError(ValueError):
+    """An image that is refused; `reason` is a code fit for a manifest and says nothing of the content."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode wholly, with the orientation its metadata asks for.
+
+    Raises ImageError: "too_many_pixels" (nothing was decoded) or "undecodable".
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if image.width * image.height > max_pixels:
+            raise ImageError("too_many_pixels")
+        image.load()
+    except ImageError:
+        raise
+    except Image.DecompressionBombError:
+        raise ImageError("too_many_pixels") from None
+    except _DAMAGE:
+        raise ImageError("undecodable") from None
+    return _upright(image)
+
+
+def stored_extension(data: bytes) -> str | None:
+    """ "png" or "jpg" by the bytes' signature; None where a shard would not hold them."""
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "png"
+    return "jpg" if data.startswith(b"\xff\xd8\xff") else None
+
+
+def encode_png(image: Image.Image, channels: int | None = None, image_size: int | None = None) -> bytes:
+    """PNG without metadata; with `channels` (1 or 3) converted, with `image_size` centre-cropped and resized."""
+    if channels is not None:
+        image = _flatten(image, channels)
+    elif image.mode not in ("1", "L", "P", "RGB", "RGBA", "LA", "I;16"):
+        image = image.convert("RGB")
+    if image_size is not None:
+        image = _fit(image, image_size)
+    plain = image.copy()
+    # The palette's transparent entry is part of the picture; all else in `info` is metadata.
+    plain.info = {key: value for key, value in image.info.items() if key == "transparency"}
+    out = io.BytesIO()
+    plain.save(out, "PNG")
+    return out.getvalue()
+
+
+def pixels(data: bytes, channels: int, image_size: int, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+    """uint8 [C, H, W] with H = W = image_size: transparency over white, centre crop, bicubic resize where needed."""
+    image = _fit(_flatten(open_image(data, max_pixels), channels), image_size)
+    return np.asarray(image).reshape(image_size, image_size, channels).transpose(2, 0, 1)
+
+
+def _fit(image: Image.Image, image_size: int) -> Image.Image:
+    if image.size == (image_size, image_size):
+        return image
+    return ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
+
+
+def _flatten(image: Image.Image, channels: int) -> Image.Image:
+    mode = {1: "L", 3: "RGB"}[channels]
+    if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion would clip it to 255
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    return image.convert(mode)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except _DAMAGE:  # damaged metadata says nothing of the orientation; the pixels are whole
+        return image

@@ -1,0 +1,136 @@
+"""Command lines: how a stage's processes are started by torchrun, deepspeed or plain python, and Slurm's script."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from train import ROOT
+from train.config import StageConfig, TrainStage
+
+LauncherName = Literal["torchrun", "deepspeed", "slurm"]
+DEFAULT_PORT = 29500
+
+
+class LaunchError(ValueError):
+    """The stage cannot be started as asked; the message names the option and the mend."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a stage's processes run: this node is `node_rank` of `nnodes`, which meet at `address`:`port`."""
+
+    launcher: LauncherName = "torchrun"
+    nnodes: int = 1
+    node_rank: int = 0
+    address: str = "localhost"
+    port: int | None = None
+
+
+def worker_arguments(path: Path, run_dir: Path, overrides: Sequence[str], fencing_epoch: int | None) -> list[str]:
+    """What `python -m train` is given for one stage."""
+    arguments = [str(path), "--run-dir", str(run_dir)]
+    for override in overrides:
+        arguments += ["--set", override]
+    if fencing_epoch is not None:
+        arguments += ["--fencing-epoch", str(fencing_epoch)]
+    return arguments
+
+
+def stage_command(config: StageConfig, placement: Placement, worker: Sequence[str]) -> list[str]:
+    """The command line that runs `python -m train` with the arguments `worker` on every process of the stage."""
+    if not isinstance(config, TrainStage) or config.parallel.backend == "single":
+        return [sys.executable, "-m", "train", *worker]
+    nproc = str(config.parallel.nproc)
+    if placement.launcher == "deepspeed":
+        if placement.nnodes > 1:
+            raise LaunchError(
+                "--launcher deepspeed starts one node only: use torchrun or slurm, which run the zero backends too"
+            )
+        port = placement.port or free_port()
+        deepspeed = str(Path(sys.executable).with_name("deepspeed"))
+        return [deepspeed, "--num_accelerators", nproc, "--master_port", str(port), "--module", "train", *worker]
+    torchrun = [sys.executable, "-m", "train.torchrun"]
+    if placement.nnodes == 1 and placement.port is None:
+        torchrun += ["--standalone"]
+    else:
+        endpoint = f"{placement.address}:{placement.port or DEFAULT_PORT}"
+        torchrun += ["--nnodes", str(placement.nnodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint]
+        torchrun += ["--rdzv-id", f"sfumato-{config.name}"]
+    return [*torchrun, "--nproc-per-node", nproc, "--max-restarts", "0", "-m", "train", *worker]
+
+
+def stage_environment(config: StageConfig, base: Mapping[str, str], *, cuda: bool) -> dict[str, str]:
+    """The environment of a stage's processes: our packages first on the path, and a share of the cores each."""
+    env = dict(base)
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [base.get("PYTHONPATH")])])
+    env["PYTHONUNBUFFERED"] = "1"  # a killed worker's last lines are in its log
+    processes = config.parallel.nproc if isinstance(config, TrainStage) else 1
+    env.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+    if not cuda:
+        env.setdefault("DS_ACCELERATOR", "cpu")
+    return env
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+def check_port(port: int) -> None:
+    """Refuse a port that is in use on this machine."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT is free for torchrun as well
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise LaunchError(
+                f"--port {port} cannot be used ({error.strerror}): give another, such as {free_port()}, "
+                "or none on a single node"
+            ) from error
+
+
+def sbatch_script(name: str, run_dir: Path, launch: Sequence[str], *, nnodes: int, gpus: int, port: int) -> str:
+    """An sbatch script that runs the command `launch` once a node.
+
+    Slurm sends SIGTERM two minutes before the time limit, or on preemption: the stage saves, and the job is queued
+    again. Account, partition and time limit come from SBATCH_ACCOUNT, SBATCH_PARTITION and SBATCH_TIMELIMIT.
+    """
+    gpu_line = f"#SBATCH --gpus-per-node={gpus}\n" if gpus else ""
+    return f"""#!/bin/bash
+#SBATCH --job-name=sfumato-{name}
+#SBATCH --nodes={nnodes}
+#SBATCH --ntasks-per-node=1
+{gpu_line}#SBATCH --output={run_dir.resolve()}/slurm-%j.txt
+#SBATCH --open-mode=append
+#SBATCH --signal=B:TERM@120
+#SBATCH --requeue
+# Account, partition and time limit: set SBATCH_ACCOUNT, SBATCH_PARTITION, SBATCH_TIMELIMIT before sbatch.
+
+cd {shlex.quote(str(Path.cwd()))} || exit 1
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MASTER_ADDR MASTER_PORT={port}
+
+told=0
+trap 'told=1; kill -TERM "$step"' TERM
+srun --kill-on-bad-exit=1 {shlex.join(launch)} &
+step=$!
+wait "$step"
+status=$?
+while kill -0 "$step" 2>/dev/null; do  # the trap ended the wait, not the step
+  wait "$step"
+  status=$?
+done
+if [ "$told" = 1 ]; then
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"
+"""

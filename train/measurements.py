@@ -1,0 +1,76 @@
+"""The one form of every measurement: where it was measured, with what, and rows of name, value, unit, target, ok."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NotRequired, TypedDict
+
+from train.run_folder import code_version
+
+VERSIONED = ("torch", "triton", "deepspeed", "opacus", "dp-accounting", "numpy", "safetensors", "wandb")
+
+
+class Row(TypedDict):
+    """One figure; `value` and `ok` are None where it was not measured, `target` and `ok` where nothing is promised."""
+
+    name: str
+    value: float | str | None
+    unit: str
+    target: NotRequired[float | str | None]
+    ok: NotRequired[bool | None]
+
+
+def measurement(rows: Sequence[Row]) -> dict[str, Any]:
+    """The rows with the machine, the versions and the commit they were measured on, as JSON types."""
+    return {
+        "machine": machine(),
+        "versions": versions(),
+        "commit": code_version(),
+        "rows": [
+            {
+                "name": row["name"],
+                "value": row["value"],
+                "unit": row["unit"],
+                "target": row.get("target"),
+                "ok": row.get("ok"),
+            }
+            for row in rows
+        ],
+    }
+
+
+def all_met(rows: Sequence[Row]) -> bool:
+    """Whether no row misses its target; one that was not measured does not."""
+    return all(row.get("ok") is not False for row in rows)
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores this process may use, memory, and CUDA devices by name."""
+    import torch
+
+    model = ""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+    return {
+        "cpu": model or platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Python's version and those of the packages whose version can change a figure; None where one is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in VERSIONED:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found

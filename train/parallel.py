@@ -1,0 +1,343 @@
+"""How a model is spread over ranks: single | ddp | fsdp2 | zero1 | zero2 | zero3, behind one interface.
+
+A step asks a backend for three things only: a context for each microbatch, a `backward`, and an `update` that shows every
+owned gradient shard to a callback just before AdamW reads it. Whatever the sharding, the sum of gradients over ranks and
+microbatches has then been reduced in fp32, and each element is shown on every rank that holds it.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+from train.config import Optim, Parallel
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among its peers."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+    def gather(self, value: object) -> list[Any]:
+        """Every rank's `value`, in order of rank, on every rank."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's `value` on every rank."""
+        holder = [value]
+        dist.broadcast_object_list(holder, src=0)
+        return holder[0]
+
+    def sum(self, values: Tensor) -> Tensor:
+        dist.all_reduce(values)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is true on any rank."""
+        value = torch.tensor([float(flag)], device=self.device)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return bool(value.item())
+
+
+def join_world() -> World:
+    """Join the process group that torchrun, deepspeed or Slurm set up in the environment; alone, make one of one rank."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    if not dist.is_initialized():
+        process_group = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
+        store = None if "MASTER_ADDR" in os.environ else dist.HashStore()
+        dist.init_process_group(process_group, store=store, rank=rank, world_size=size)
+    return World(rank, size, device)
+
+
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """The elements [offset, offset + numel) of one parameter, flattened, that this rank's optimizer updates."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+    numel: int
+    holder: Tensor  # the tensor AdamW steps: the parameter, its DTensor, or ZeRO's flat fp32 partition
+    start: int  # where the shard begins in the holder's local elements
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The shard's flat view of a tensor laid out like the holder: the holder itself, its gradient, its AdamW state."""
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        return local.view(-1)[self.start : self.start + self.numel]
+
+    @property
+    def value(self) -> Tensor:
+        return self.of(self.holder.detach())
+
+
+Transform = Callable[[Shard, Tensor], None]
+
+
+class Backend:
+    """One process on its own (`single`), and what all backends share."""
+
+    forward_once = True
+
+    def __init__(self, module: nn.Module, world: World, optim: Optim, max_grad_norm: float | None) -> None:
+        self.module, self.world, self.max_grad_norm = module, world, max_grad_norm
+        self.names = {parameter: name for name, parameter in module.named_parameters() if parameter.requires_grad}
+        self.shapes = {name: tuple(parameter.shape) for parameter, name in self.names.items()}
+        self._transform: Transform | None = None
+        self._updated = False
+        self._wrap(partial(_adamw, optim))
+        self.optimizer.register_step_pre_hook(self._before_adamw)
+        self.shards = [shard for shard in self._list_shards() if shard.numel]
+
+    # What a backend decides for itself.
+    def _wrap(self, make_optimizer: Callable[[Any], torch.optim.AdamW]) -> None:
+        self.model = self.module
+        self.optimizer = make_optimizer(self.module.parameters())
+
+    def _list_shards(self) -> Iterator[Shard]:
+        for parameter, name in self.names.items():
+            yield Shard(name, tuple(parameter.shape), 0, parameter.numel(), parameter, 0)
+
+    @property
+    def norm_model(self) -> nn.Module:
+        """What the norm pass runs forward through; where `forward_once`, the gradient pass uses the same forward."""
+        return self.model
+
+    def microbatch(self, *, last: bool) -> AbstractContextManager[None]:
+        """Context of one microbatch's forward and backward; gradients are reduced over ranks at the last one."""
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of `loss`, summed over ranks, to what the step has accumulated."""
+        loss.backward()
+
+    def _step(self) -> None:
+        if self.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self.module.parameters(), self.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    # What all backends share.
+    def update(self, learning_rate: float, transform: Transform | None = None) -> None:
+        """One AdamW step on the accumulated gradients. `transform(shard, gradient)` may first change each in place."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._transform, self._updated = transform, False
+        try:
+            self._step()
+        finally:
+            self._transform = None
+        if not self._updated:
+            raise RuntimeError("the engine skipped the optimizer's step, as DeepSpeed does where a gradient is not finite")
+
+    def _before_adamw(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self._updated = True
+        if self._transform is None:
+            return
+        stepped = {id(holder) for group in optimizer.param_groups for holder in group["params"]}
+        for shard in self.shards:
+            if id(shard.holder) in stepped:
+                assert shard.holder.grad is not None, f"{shard.name} reached the optimizer without a gradient"
+                self._transform(shard, shard.of(shard.holder.grad))
+
+    def stored_range(self, shard: Shard) -> tuple[int, int]:
+        """The part [start, stop) of the shard that this rank writes to a checkpoint: replicas share the writing."""
+        return 0, shard.numel
+
+    def optimizer_tensors(self) -> Iterator[tuple[Literal["exp_avg", "exp_avg_sq"], Shard, Tensor]]:
+        """("exp_avg" | "exp_avg_sq", shard, its flat fp32 state) for every shard."""
+        for shard in self.shards:
+            state = self.optimizer.state[shard.holder]
+            yield "exp_avg", shard, shard.of(state["exp_avg"])
+            yield "exp_avg_sq", shard, shard.of(state["exp_avg_sq"])
+
+    def restore_optimizer(self, num_updates: int) -> None:
+        """Give AdamW zeroed states that have seen `num_updates` updates, to be filled through `optimizer_tensors`."""
+        for holder in {id(shard.holder): shard.holder for shard in self.shards}.values():
+            zeros = partial(torch.zeros_like, holder, memory_format=torch.preserve_format)
+            self.optimizer.state[holder] = {
+                "step": torch.tensor(float(num_updates)), "exp_avg": zeros().detach(), "exp_avg_sq": zeros().detach()
+            }
+
+
+class DistributedDataParallel(Backend):
+    """Every rank holds the whole model; gradients are summed by all-reduce."""
+
+    def _wrap(self, make_optimizer: Callable[[Any], torch.optim.AdamW]) -> None:
+        self.model = nn.parallel.DistributedDataParallel(self.module)
+        self.model.register_comm_hook(None, _sum_gradients)
+        self.optimizer = make_optimizer(self.module.parameters())
+
+    def microbatch(self, *, last: bool) -> AbstractContextManager[None]:
+        return nullcontext() if last else self.model.no_sync()
+
+    def stored_range(self, shard: Shard) -> tuple[int, int]:
+        rank, size = self.world.rank, self.world.size
+        return shard.numel * rank // size, shard.numel * (rank + 1) // size
+
+
+class FullySharded(Backend):
+    """FSDP2: parameters, gradients and states are sharded by rows and gathered a block at a time."""
+
+    def __init__(self, *args: Any, bf16: bool) -> None:
+        self.bf16 = bf16
+        super().__init__(*args)
+
+    def _wrap(self, make_optimizer: Callable[[Any], torch.optim.AdamW]) -> None:
+        from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+        mesh = dist.init_device_mesh(self.world.device.type, (self.world.size,))
+        # fp32 reduction always: a bf16 sum over ranks would lose clipped gradients and blur the sensitivity bound.
+        # Inputs stay as they are: bf16 timesteps would merge.
+        policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if self.bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+        for block in self.module.blocks:  # type: ignore[union-attr]
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        self.model = fully_shard(self.module, mesh=mesh, mp_policy=policy)
+        for part in self.model.modules():
+            if isinstance(part, FSDPModule):
+                part.set_gradient_divide_factor(1.0)
+                part.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+        self.names = {parameter: name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        self.optimizer = make_optimizer(self.model.parameters())
+
+    def _list_shards(self) -> Iterator[Shard]:
+        for parameter, name in self.names.items():
+            assert isinstance(parameter, DTensor)
+            shape, numel = tuple(parameter.shape), parameter.to_local().numel()
+            rows_a_rank = -(-shape[0] // self.world.size)  # torch.chunk: equal chunks, the last ones short or empty
+            row_numel = parameter.numel() // shape[0]
+            offset = min(self.world.rank * rows_a_rank, shape[0]) * row_numel
+            yield Shard(name, shape, offset, numel, parameter, 0)
+
+    @contextmanager
+    def microbatch(self, *, last: bool) -> Iterator[None]:
+        self.model.set_requires_gradient_sync(last)
+        yield
+
+
+class Zero(Backend):
+    """DeepSpeed ZeRO 1 to 3. Its own clipping, loss scaling and overflow skips are off; its average is undone."""
+
+    def __init__(self, *args: Any, stage: int, microbatch_size: int) -> None:
+        self.stage, self.microbatch_size = stage, microbatch_size
+        # ZeRO-3 releases each gathered weight after its backward, so the gradient pass needs a forward of its own.
+        self.forward_once = stage < 3
+        super().__init__(*args)
+
+    def _wrap(self, make_optimizer: Callable[[Any], torch.optim.AdamW]) -> None:
+        import deepspeed
+
+        os.environ.setdefault("LOCAL_RANK", "0")
+        optimizer = make_optimizer(self.module.parameters())
+        clipping = self.max_grad_norm or 0.0  # DeepSpeed's default of 1.0 would clip the noised sum
+        self.engine, *_ = deepspeed.initialize(
+            model=self.module,
+            optimizer=optimizer,
+            config={
+                "train_micro_batch_size_per_gpu": self.microbatch_size,
+                "gradient_accumulation_steps": 1,
+                "gradient_clipping": clipping,
+                "zero_allow_untested_optimizer": True,
+                "zero_optimization": {
+                    "stage": self.stage,
+                    # an invalid norm would make DeepSpeed skip the step in silence; ZeRO-3 insists on the norm
+                    "compute_grad_norm": clipping > 0 or self.stage == 3,
+                    # fixed order of reduction and of parameters: a resumed run repeats the sums bit by bit
+                    "overlap_comm": False,
+                    "stage3_param_persistence_threshold": 0,
+                },
+                "steps_per_print": 2**31,
+            },
+        )
+        self.model, self.optimizer = self.engine, optimizer
+
+    @property
+    def norm_model(self) -> nn.Module:
+        # Through the engine, the norm pass would set off its gradient hooks.
+        return self.engine.module
+
+    @contextmanager
+    def microbatch(self, *, last: bool) -> Iterator[None]:
+        self.engine.set_gradient_accumulation_boundary(last)
+        yield
+
+    def backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss * self.world.size)
+
+    def _step(self) -> None:
+        self.engine.step()
+
+    def _list_shards(self) -> Iterator[Shard]:
+        if self.stage == 3:
+            zero = self.engine.optimizer
+            for parameter, name in self.names.items():
+                group, start, width = zero.grad_position[zero.get_param_id(parameter)]
+                offset = self.world.rank * width
+                numel = max(0, min(width, parameter.ds_numel - offset))  # type: ignore[attr-defined]
+                yield Shard(name, self.shapes[name], offset, numel, zero.fp32_partitioned_groups_flat[group], start)
+            return
+        for parameter, name in self.names.items():
+            fragment = parameter._hp_mapping  # type: ignore[attr-defined]
+            if fragment is not None:
+                holder = self.engine.optimizer.single_partition_of_fp32_groups[fragment.param_group_index]
+                address, start = fragment.lp_fragment_address, fragment.hp_fragment_address.start
+                yield Shard(name, self.shapes[name], address.start, address.numel, holder, start)
+
+
+def shard_model(
+    module: nn.Module, world: World, parallel: Parallel, optim: Optim, *, microbatch_size: int, bf16: bool,
+    max_grad_norm: float | None = None,
+) -> Backend:
+    """Put `module` (fp32, the same on every rank) under the backend that `parallel` names, with its AdamW."""
+    module.to(world.device)
+    for block in module.blocks:  # type: ignore[union-attr]
+        if parallel.activation_checkpointing:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        if parallel.compile:
+            block.compile()
+    arguments = (module, world, optim, max_grad_norm)
+    if parallel.backend == "single":
+        if world.size != 1:
+            raise ValueError(f"parallel.backend is single but {world.size} processes were started: start one, or choose ddp")
+        return Backend(*arguments)
+    if parallel.backend == "ddp":
+        return DistributedDataParallel(*arguments)
+    if parallel.backend == "fsdp2":
+        return FullySharded(*arguments, bf16=bf16)
+    return Zero(*arguments, stage=int(parallel.backend[-1]), microbatch_size=microbatch_size)
+
+
+def _adamw(optim: Optim, parameters: Any) -> torch.optim.AdamW:
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    return torch.optim.AdamW(
+        trainable, lr=optim.learning_rate, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
+    )
+
+
+def _sum_gradients(_: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """DDP communication hook: all-reduce by sum, where DDP's own would average."""
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    assert work is not None
+    return work.get_future().then(lambda future: future.value()[0])

@@ -1,0 +1,204 @@
+"""What a recipe will do, said before anything starts: command lines, parameters, memory a device, epsilon.
+
+Needs no data, no device and no process group: models are built on the meta device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from train.config import DiTModel, FinetuneStage, IngestStage, Parallel, StageConfig, TrainStage, check_batch
+from train.hardware import Hardware, find_hardware, known_hardware
+from train.launchers import Placement, stage_command, worker_arguments
+from train.recipe import ConfigError, Recipe, model_of
+
+FP32 = 4  # bytes
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on one device of a training stage; see `plan_memory` for the formula."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    ema: int
+    gathered: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of it, without the allocator's slack and the libraries' own buffers."""
+        return self.parameters + self.gradients + self.optimizer + self.ema + self.gathered + self.activations
+
+
+@dataclass(frozen=True)
+class PrivacyPlan:
+    """What a private stage will spend at `delta`: `epsilon` for its steps alone, at most `target` with the replays."""
+
+    num_records: int
+    sampling_rate: float
+    noise_multiplier: float
+    epsilon: float
+    target: float
+    delta: float
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One row of the plan; what a stage does not have, or what cannot be known yet, is None and said in `notes`."""
+
+    name: str
+    kind: str
+    command: tuple[str, ...]
+    world_size: int = 1
+    num_parameters: int | None = None
+    memory: MemoryPlan | None = None
+    fits: tuple[str, ...] = ()
+    privacy: PrivacyPlan | None = None
+    notes: tuple[str, ...] = ()
+
+
+def plan(
+    recipe: Recipe, run_dir: Path, placement: Placement, stages: Sequence[StageConfig] | None = None
+) -> list[StagePlan]:
+    """The plan of `stages`, by default of the whole recipe, as they would be started."""
+    return [_plan_stage(recipe, stage, run_dir, placement) for stage in (recipe.stages if stages is None else stages)]
+
+
+def _plan_stage(recipe: Recipe, stage: StageConfig, run_dir: Path, placement: Placement) -> StagePlan:
+    worker = worker_arguments(recipe.paths[stage.name], run_dir, recipe.overrides[stage.name], None)
+    command = tuple(stage_command(stage, placement, worker))
+    if not isinstance(stage, TrainStage):
+        return StagePlan(stage.name, stage.kind, command)
+    world_size = stage.parallel.nproc * placement.nnodes
+    check_batch(stage, world_size)
+    model = model_of(recipe, stage).model
+    assert model is not None, "a stage without init_from has a model"
+    largest, num_parameters = _count_parameters(model)
+    memory = plan_memory(stage, model, num_parameters, largest, world_size)
+    privacy, notes = None, []
+    if isinstance(stage, FinetuneStage):
+        num_records = count_records(recipe, stage, run_dir)
+        if num_records is None:
+            notes.append("epsilon: the number of records is not known before the data is there; set expected_records")
+        else:
+            privacy = plan_privacy(stage, num_records)
+            if stage.privacy.delta >= 1 / num_records:
+                notes.append(
+                    f"privacy.delta {stage.privacy.delta:g} is not below 1/{num_records}: "
+                    "it would allow giving away a record whole"
+                )
+    return StagePlan(
+        stage.name, stage.kind, command, world_size, num_parameters, memory, _fits(stage, memory), privacy, tuple(notes)
+    )
+
+
+def plan_memory(
+    stage: TrainStage, model: DiTModel, num_parameters: int, largest_block: int, world_size: int
+) -> MemoryPlan:
+    """Bytes on one device of a DiT's training, an estimate.
+
+    P parameters, W ranks, all states fp32: weights 4P, gradients 4P, AdamW's two moments 8P, EMA 4P, where
+      single   holds all of them
+      ddp      holds all of them, and 4P of reduction buckets
+      fsdp2    holds a W-th of each, and two gathered blocks
+      zero1    shards moments, EMA and its fp32 master copy (4P/W more)
+      zero2    shards the gradients too
+      zero3    shards the weights too, and holds two gathered blocks
+    Activations of a block, N tokens of width D and MLP ratio r, a record: N D (13 + 2 r) elements kept for the
+    backward: norms' inputs and outputs 4, linears' inputs 2 + r, q k v 3, attention's output twice, gates' 2, GELU's
+    input r. With activation checkpointing N D for each block's input, and one block in full.
+    """
+    full = FP32 * num_parameters
+    shard = math.ceil(full / world_size)
+    backend = stage.parallel.backend
+    states_sharded = backend not in ("single", "ddp")
+    weights = shard if backend in ("fsdp2", "zero3") else full
+    masters = shard if backend.startswith("zero") else 0
+    gradients = shard if backend in ("fsdp2", "zero2", "zero3") else full
+    buckets = full if backend == "ddp" else 0
+    state = shard if states_sharded else full
+    element = 2 if stage.train.precision == "bf16" else FP32
+    gathered = 2 * largest_block * element if backend in ("fsdp2", "zero3") else 0
+    return MemoryPlan(
+        parameters=weights + masters,
+        gradients=gradients + buckets,
+        optimizer=2 * state,
+        ema=state,
+        gathered=gathered,
+        activations=activation_bytes(model, stage.train.microbatch_size, element, stage.parallel),
+    )
+
+
+def activation_bytes(model: DiTModel, records: int, element: int, parallel: Parallel) -> int:
+    """Bytes kept for the backward of one microbatch; the formula is in `plan_memory`."""
+    tokens = model.num_tokens * model.width
+    block = tokens * (13 + 2 * model.mlp_ratio)
+    kept = model.depth * tokens + block if parallel.activation_checkpointing else model.depth * block
+    return records * kept * element
+
+
+def plan_privacy(stage: FinetuneStage, num_records: int) -> PrivacyPlan:
+    """Calibrate the noise as the stage will, on an empty ledger: the target holds with every replay step used."""
+    from privacy.accounting import calibrate_noise, epsilon
+
+    privacy, steps = stage.privacy, stage.train.steps
+    sampling_rate = stage.train.batch_size / num_records
+    if sampling_rate > 1:
+        raise ConfigError(
+            f"{stage.name}: train.batch_size is {stage.train.batch_size}, but split {stage.split} has {num_records} "
+            f"records: lower it to at most {num_records}"
+        )
+    noise = calibrate_noise(privacy.target_epsilon, privacy.delta, sampling_rate, steps + privacy.replay_steps)
+    event = {
+        "mechanism": "poisson_sampled_gaussian",
+        "sampling_rate": sampling_rate,
+        "noise_multiplier": noise,
+    }
+    spent = epsilon([(event, steps)], privacy.delta)
+    return PrivacyPlan(num_records, sampling_rate, noise, spent, privacy.target_epsilon, privacy.delta)
+
+
+def count_records(recipe: Recipe, stage: TrainStage, run_dir: Path) -> int | None:
+    """Records of the stage's split: counted where the shards are there, else as the stage or the source tells; or None.
+
+    What a filter will drop is not known beforehand, so the source's number is an upper bound and epsilon a lower one.
+    """
+    indexes = sorted((run_dir / stage.data_from / stage.split).glob("*.index.jsonl"))
+    if indexes:
+        return sum(index.read_bytes().count(b"\n") for index in indexes)
+    if stage.expected_records is not None:
+        return stage.expected_records
+    source: StageConfig = recipe.stage(stage.data_from)
+    while not isinstance(source, IngestStage):
+        source = recipe.stage(source.inputs()[0])
+    return source.source.num_records(stage.split)
+
+
+def _count_parameters(model: DiTModel) -> tuple[int, int]:
+    """Parameters of the largest block, and of all."""
+    import torch
+
+    from models import MODELS
+
+    with torch.device("meta"):
+        built = MODELS[model.name](model)
+    blocks = [sum(parameter.numel() for parameter in block.parameters()) for block in built.blocks]
+    return max(blocks), sum(parameter.numel() for parameter in built.parameters())
+
+
+def _fits(stage: TrainStage, memory: MemoryPlan) -> tuple[str, ...]:
+    """The devices of configs/hardware that hold the plan: the one the stage names, or with "auto" any."""
+    named = stage.parallel.hardware
+    hardware: list[Hardware | None] = (
+        list(known_hardware().values()) if named == "auto" else [find_hardware(named, None)]
+    )
+    return tuple(
+        entry.name
+        for entry in hardware
+        if entry is not None and entry.memory_bytes is not None and memory.total <= entry.memory_bytes
+    )

@@ -1,0 +1,25 @@
+"""How far a stage is, told to whoever launched it: JSON lines in the stage's folder, which the launch shows as a bar."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+_INTERVAL_S = 0.2
+
+
+class Progress:
+    """Appends {"step", "steps", "text", "time"} to `progress.jsonl`, at most every fifth of a second and at the end."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "progress.jsonl"
+        self._last = 0.0
+
+    def __call__(self, step: int, steps: int | None, text: str = "") -> None:
+        now = time.time()
+        if now - self._last < _INTERVAL_S and step != steps:
+            return
+        self._last = now
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "steps": steps, "text": text, "time": now}) + "\n")

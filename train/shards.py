@@ -1,0 +1,309 @@
+"""The shard format: WebDataset tars, an index beside each, and the root that binds a split's records.
+
+A split is a folder of `<split>-00000.tar`, `<split>-00001.tar`, ... A record's members are KEY.png or KEY.jpg, KEY.cls
+(the class, if it has one), KEY.txt (the caption, if any) and, where the privacy unit is not the record itself, KEY.json
+with {"unit": ...}. Beside each tar lies `<split>-00000.index.jsonl`, one line a record:
+{"key", "unit", "digest", "label", "members": {extension: [offset, length]}}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tarfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Self
+
+from blake3 import blake3
+
+from train.images import stored_extension
+
+KEY = re.compile(r"[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*")
+IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "gif", "bmp")
+_MEMBER = re.compile(r"(?P<key>(?:.*/)?[^./]+)\.(?P<extension>[^/]+)", re.DOTALL)
+_END_OF_TAR = bytes(1024)
+
+
+class ShardError(ValueError):
+    """A shard or its index is missing, damaged or not ours; the message names the file, where in it, and the mend."""
+
+
+class RecordError(ValueError):
+    """A record is refused; `reason` is a code fit for a manifest and says nothing of the content."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One image with what belongs to it. Its repr shows neither image nor caption."""
+
+    key: str
+    unit: str
+    image: bytes = field(repr=False)
+    label: int | None
+    caption: str | None = field(repr=False)
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """What writing a split made: `root` binds every record's key, unit, image, class and caption, in order."""
+
+    records: int
+    bytes: int
+    shards: int
+    root: str
+
+
+class ShardWriter:
+    """Writes one split; nothing stands under `folder` before `commit`, which replaces what an unfinished run left.
+
+    The bytes are a function of the records and `shard_size` (records a shard) alone.
+    """
+
+    def __init__(self, folder: Path, split: str, shard_size: int) -> None:
+        if shard_size < 1:
+            raise ValueError(f"shard_size is {shard_size}: a shard holds at least one record")
+        self.folder, self.split, self.shard_size = folder, split, shard_size
+        self.keys: set[str] = set()
+        self._digests: list[str] = []
+        self._partial = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(self._partial, ignore_errors=True)
+        self._partial.mkdir(parents=True)
+        self._shards: list[Path] = []
+        self._in_shard: list[tuple[str, dict[str, bytes]]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self._partial, ignore_errors=True)
+
+    def add(self, record: Record) -> None:
+        """Append a record; a key that is not plain, or was there before, is refused."""
+        if not KEY.fullmatch(record.key):
+            raise ValueError(f"record key {record.key!r}: use letters, digits, _ and -, with / between folders")
+        if record.key in self.keys:
+            raise ValueError(f"record key {record.key!r} occurs twice in split {self.split}: keys must be unique")
+        members = _members(record)
+        self.keys.add(record.key)
+        self._digests.append(record_digest(record.key, members))
+        self._in_shard.append((record.key, members))
+        if len(self._in_shard) == self.shard_size:
+            self._write_shard()
+
+    def commit(self) -> ShardSet:
+        """Sync everything and put the split in its place. A split without records is an error."""
+        if self._in_shard:
+            self._write_shard()
+        if not self.keys:
+            raise ValueError(f"split {self.split} has no records: check the source and its split fractions")
+        _sync_folder(self._partial)
+        size = sum(shard.stat().st_size for shard in self._shards)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self._partial.rename(self.folder)
+        _sync_folder(self.folder.parent)
+        return ShardSet(len(self.keys), size, len(self._shards), root_of(self._digests))
+
+    def _write_shard(self) -> None:
+        from webdataset.writer import TarWriter
+
+        shard = self._partial / f"{self.split}-{len(self._shards):05d}.tar"
+        with shard.open("wb") as file:
+            with TarWriter(file, user="", group="", mtime=0, encoder=False) as tar:
+                for key, members in self._in_shard:
+                    tar.write({"__key__": key, **members})
+            file.flush()
+            os.fsync(file.fileno())
+        index_shard(shard)
+        self._shards.append(shard)
+        self._in_shard = []
+
+
+def write_shards(folder: Path, split: str, records: Iterable[Record], shard_size: int) -> ShardSet:
+    """Write a split's records to `folder`, all or nothing; see ShardWriter."""
+    with ShardWriter(folder, split, shard_size) as writer:
+        for record in records:
+            writer.add(record)
+        return writer.commit()
+
+
+def index_shard(tar: Path) -> Path:
+    """Read a whole shard back, check it, and write its index beside it. Raises ShardError on anything foreign."""
+    lines: list[str] = []
+    with tar.open("rb") as file:
+        for key, members in iter_tar(file, str(tar)):
+            data = {extension: content for extension, (_, content) in members.items()}
+            try:
+                record = parse_record(key, data)
+            except RecordError as error:
+                raise ShardError(f"{tar}: record {key!r} is not ours ({error.reason}): ingest the shard") from None
+            entry = {
+                "key": key,
+                "unit": record.unit,
+                "digest": record_digest(key, data),
+                "label": record.label,
+                "members": {extension: [offset, len(content)] for extension, (offset, content) in members.items()},
+            }
+            lines.append(json.dumps(entry, sort_keys=True, separators=(",", ":")) + "\n")
+    if not lines:
+        raise ShardError(f"{tar} holds no records: write it again")
+    index = Path(index_name(str(tar)))
+    aside = index.with_name(index.name + ".partial")
+    with aside.open("w", encoding="utf-8") as file:
+        file.writelines(lines)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.rename(index)
+    return index
+
+
+def iter_tar(file: IO[bytes], name: str) -> Iterator[tuple[str, dict[str, tuple[int, bytes]]]]:
+    """Each record's key and members {extension: (offset, content)} of an uncompressed tar, in order.
+
+    Raises ShardError where the tar is cut, damaged, or holds what no record has: links, paths that leave the folder,
+    names without an extension, a key in two places.
+    """
+    seen: set[str] = set()
+    key, members = "", dict[str, tuple[int, bytes]]()
+    for member_key, extension, offset, content in _tar_members(file, name):
+        if member_key != key:
+            if members:
+                yield key, members
+            if member_key in seen:
+                raise ShardError(f"{name}, byte {offset}: key {member_key!r} occurs twice: keys must be unique")
+            seen.add(member_key)
+            key, members = member_key, {}
+        if extension in members:
+            raise ShardError(f"{name}, byte {offset}: {member_key}.{extension} occurs twice: keys must be unique")
+        members[extension] = (offset, content)
+    if members:
+        yield key, members
+
+
+def _tar_members(file: IO[bytes], name: str) -> Iterator[tuple[str, str, int, bytes]]:
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            while (member := tar.next()) is not None:
+                if member.isdir():
+                    continue
+                path, where = member.name.removeprefix("./"), f"{name}, byte {member.offset}"
+                if path.startswith("/") or ".." in path.split("/"):
+                    raise ShardError(f"{where}: member {path!r} leaves the folder: refused")
+                matched = _MEMBER.fullmatch(path)
+                content = tar.extractfile(member) if member.isreg() and not member.issparse() else None
+                if content is None or matched is None:
+                    raise ShardError(f"{where}: member {path!r} is no plain file named KEY.EXTENSION")
+                data = content.read()
+                if len(data) != member.size:
+                    raise ShardError(f"{name} is truncated at byte {file.tell()}: {path!r} has {member.size} bytes")
+                yield matched["key"], matched["extension"].lower(), member.offset_data, data
+            end = tar.offset
+    except tarfile.TarError as error:
+        raise ShardError(f"{name} is no whole uncompressed tar, near byte {file.tell()} ({error})") from None
+    file.seek(end)
+    # tarfile takes a damaged header, or a file cut between two members, for the end of the archive
+    if file.read(len(_END_OF_TAR)) != _END_OF_TAR:
+        raise ShardError(f"{name} is truncated or damaged at byte {end}: the archive does not end there as it should")
+
+
+def parse_record(key: str, members: Mapping[str, bytes]) -> Record:
+    """A record from its members' contents {extension: content}; its unit is `unit` of KEY.json, or else the key.
+
+    Raises RecordError: "no_image", "bad_class", "bad_caption" or "bad_unit".
+    """
+    image = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), None)
+    if image is None:
+        raise RecordError("no_image")
+    label, caption, unit = None, None, key
+    if "cls" in members:
+        if not (digits := members["cls"].strip()).isdigit():
+            raise RecordError("bad_class")
+        label = int(digits)
+    if "txt" in members:
+        try:
+            caption = members["txt"].decode("utf-8")
+        except UnicodeDecodeError:
+            raise RecordError("bad_caption") from None
+    if "json" in members:
+        try:
+            unit = json.loads(members["json"]).get("unit", key)
+        except (ValueError, AttributeError):
+            raise RecordError("bad_unit") from None
+        if not isinstance(unit, str) or not unit:
+            raise RecordError("bad_unit")
+    return Record(key, unit, image, label, caption)
+
+
+def parse_entry(line: bytes, where: str) -> dict[str, Any]:
+    """One line of an index; anything else is a ShardError that begins with `where`."""
+    try:
+        entry = json.loads(line)
+        whole = (
+            isinstance(entry["key"], str)
+            and isinstance(entry["unit"], str)
+            and isinstance(entry["label"], int | None)
+            and len(bytes.fromhex(entry["digest"].removeprefix("blake3:"))) == 32
+            and 0 <= extent(entry)[0] <= extent(entry)[1]
+        )
+    except (ValueError, KeyError, TypeError, AttributeError):
+        whole, entry = False, {}
+    if not whole:
+        raise ShardError(f"{where}: not an index entry: run the ingest stage again, or train.shards.index_shard")
+    return entry
+
+
+def extent(entry: Mapping[str, Any]) -> tuple[int, int]:
+    """First byte and end of an index entry's record in its tar; a record's members lie side by side."""
+    spans: list[tuple[int, int]] = list(entry["members"].values())
+    return min(offset for offset, _ in spans), max(offset + length for offset, length in spans)
+
+
+def index_name(tar: str) -> str:
+    """The name of a tar's index."""
+    return tar.removesuffix(".tar") + ".index.jsonl"
+
+
+def record_digest(key: str, members: Mapping[str, bytes]) -> str:
+    """BLAKE3 of the key and of each member's extension, length and content, in the order of the extensions."""
+    digest = blake3(f"{len(key.encode())}:{key}".encode())
+    for extension, content in sorted(members.items()):
+        digest.update(f"{len(extension.encode())}:{extension}{len(content)}:".encode())
+        digest.update(content)
+    return f"blake3:{digest.hexdigest()}"
+
+
+def root_of(digests: Iterable[str]) -> str:
+    """BLAKE3 of the records' digests in order: the same however the records are cut into shards."""
+    root = blake3()
+    for digest in digests:
+        root.update(bytes.fromhex(digest.removeprefix("blake3:")))
+    return f"blake3:{root.hexdigest()}"
+
+
+def _members(record: Record) -> dict[str, bytes]:
+    extension = stored_extension(record.image)
+    if extension is None:
+        raise ValueError(f"record {record.key}: a shard holds PNG and JPEG images: convert it first")
+    members = {extension: record.image}
+    if record.label is not None:
+        members["cls"] = str(record.label).encode("ascii")
+    if record.caption is not None:
+        members["txt"] = record.caption.encode("utf-8")
+    if record.unit != record.key:
+        members["json"] = json.dumps({"unit": record.unit}).encode("ascii")
+    return members
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,260 @@
+"""The stages of a recipe: each reads the manifests of its inputs, fills its own folder, and writes its manifest last."""
+
+# One file: a stage is a page of glue between the parts, and reads best beside its neighbours.
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from checkpointing.export import DIFFUSERS_WEIGHTS_FILE, ExportError, to_diffusers, write_export
+from models.flow import Objective
+from privacy.audit import AuditReport, audit_run
+from train.card import model_card, privacy_card
+from train.config import (
+    AuditStage,
+    EvalStage,
+    ExportStage,
+    FilterStage,
+    FinetuneStage,
+    IngestStage,
+    StageConfig,
+    TrainStage,
+    check_batch,
+)
+from train.data import ShardDataset
+from train.evaluation import evaluate, image_grid, train_classifier, validation_loss
+from train.generation import build, generate
+from train.loop import ledger_path, load_average, train
+from train.measurements import Row
+from train.metrics import format_mfu
+from train.parallel import World, join_world
+from train.progress import Progress
+from train.run_folder import RunFolder, digest_file, now, write_json
+from train.sources import filter_splits, ingest
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a stage tells its manifest: figures (with a `headline` for people), files made, public seeds, the ledger."""
+
+    metrics: dict[str, Any]
+    outputs: tuple[Path, ...] = ()
+    seeds: dict[str, int] = field(default_factory=dict)
+    ledger: dict[str, Any] | None = None
+
+
+def run_stage(stage: StageConfig, run: RunFolder, fencing_epoch: int | None) -> None:
+    """Run one stage to its manifest; a finished one is left as it is.
+
+    Training stages run on every rank of the process group; only rank 0 locks the stage and writes the manifest.
+    """
+    world = join_world() if isinstance(stage, TrainStage) else None
+    first_rank = world is None or world.rank == 0
+    with run.stage_lock(stage.name) if first_rank else nullcontext(), _together(world):
+        if run.finished(stage):
+            if first_rank:
+                print(f"stage {stage.name} is finished: {run.manifest_path(stage.name)}")
+            return
+        started, clock = now(), time.monotonic()
+        inputs = run.input_hashes(stage)
+        if isinstance(stage, TrainStage):
+            assert world is not None
+            result = _train(stage, run, world, fencing_epoch)
+        else:
+            result = STAGES[type(stage)](stage, run, Progress(run.stage_folder(stage.name)))
+        if first_rank:
+            run.write_manifest(
+                stage, inputs=inputs, started=started, seconds=time.monotonic() - clock, metrics=result.metrics,
+                outputs={str(path.relative_to(run.path)): digest_file(path) for path in result.outputs},
+                seeds=result.seeds, ledger=result.ledger,
+            )
+
+
+@contextmanager
+def _together(world: World | None) -> Iterator[None]:
+    """No rank goes on before rank 0 holds the stage's lock, nor ends before its manifest is written."""
+    if world is not None:
+        world.barrier()
+    yield
+    if world is not None:
+        world.barrier()
+        dist.destroy_process_group()
+
+
+def _train(stage: TrainStage, run: RunFolder, world: World, fencing_epoch: int | None) -> Result:
+    check_batch(stage, world.size)
+    if fencing_epoch is None:  # started by hand
+        ledger = ledger_path(run, stage) if isinstance(stage, FinetuneStage) else None
+        fencing_epoch = world.broadcast(run.next_fencing_epoch(ledger) if world.rank == 0 else None)
+    trained = train(stage, run, world, fencing_epoch)
+    if world.rank != 0:
+        return Result({})
+    metrics = trained.metrics
+    headline = {"steps": str(metrics["steps"]), "loss": f"{metrics['loss']:.3f}"}
+    if "epsilon" in metrics:
+        headline["epsilon"] = f"{metrics['epsilon']:.3f} at delta {metrics['delta']:g} (target {metrics['target_epsilon']:g})"
+        headline["noise multiplier"] = f"{metrics['noise_multiplier']:.3f}"
+    headline["throughput"] = f"{metrics['images_per_s']:,.0f} images/s, MFU {format_mfu(metrics['mfu'])}"
+    headline["curves"] = str(run.path / stage.name / "curves.png")
+    outputs = (trained.checkpoint / "MANIFEST.json", run.path / stage.name / "curves.png")
+    return Result(metrics | {"headline": headline}, outputs, {"train": stage.train.seed}, trained.ledger)
+
+
+def _ingest(stage: IngestStage, run: RunFolder, progress: Progress) -> Result:
+    metrics = ingest(stage.source, run.stage_folder(stage.name), shard_size=stage.shard_size, seed=stage.seed, progress=progress)
+    return Result(metrics, seeds={"ingest": stage.seed})
+
+
+def _filter(stage: FilterStage, run: RunFolder, progress: Progress) -> Result:
+    return Result(filter_splits(run.path / stage.data_from, run.stage_folder(stage.name), stage.policy, progress=progress))
+
+
+def _eval(stage: EvalStage, run: RunFolder, progress: Progress) -> Result:
+    """Samples of each model, judged on held-out and public records; the private split is never read."""
+    folder, data = run.stage_folder(stage.name), run.path / stage.data_from
+    metrics: dict[str, Any] = {"headline": {}, "rows": []}
+    outputs: list[Path] = []
+    classifier = None
+    for place, source in enumerate(stage.init_from):
+        config, weights, _ = load_average(run, source)
+        public, public_labels = _whole(ShardDataset(data / "public", "public"), config.channels, config.image_size)
+        test, test_labels = _whole(ShardDataset(data / "test", "test"), config.channels, config.image_size)
+        if classifier is None:
+            progress(0, None, "training the classifier on the public half")
+            classifier = train_classifier(public, public_labels, stage.seed)
+        model, objective = build(config, weights), objective_of(run, source)
+        labels = torch.arange(config.num_classes).repeat_interleave(stage.samples_per_class)
+        total, done = len(labels) * len(stage.init_from), len(labels) * place
+        samples = generate(
+            model, objective, labels, seed=stage.seed, sampler=stage.sampler, steps=stage.sampler_steps,
+            guidance=stage.guidance, batch_size=stage.batch_size,
+            progress=lambda n, source=source, done=done, total=total: progress(done + n, total, f"sampling {source}"),
+        )
+        figures = evaluate(samples, labels, test, test_labels, public, classifier, seed=stage.seed)
+        figures |= validation_loss(model, objective, test, test_labels)
+        fidelity = float(figures["class_fidelity"])
+        grid = _grid(samples, stage.samples_per_class, folder / f"{source}.png", f"{source}: {_epsilon_of(run, source)}")
+        target = stage.minimum_fidelity.get(source)
+        metrics["rows"].append(
+            Row(
+                name=f"{stage.name}.{source}.class_fidelity", value=fidelity, unit="share", target=target,
+                ok=None if target is None else fidelity >= target,
+            )
+        )
+        metrics[source] = {key: value for key, value in figures.items() if key != "class_fidelity"}
+        metrics["headline"] |= _quality(source, figures, grid)
+        outputs.append(grid)
+    return Result(metrics, tuple(outputs), {"eval": stage.seed})
+
+
+def objective_of(run: RunFolder, stage_name: str) -> Objective:
+    """What the stage's model was trained to predict."""
+    manifest = run.read_manifest(stage_name)
+    assert manifest is not None
+    section = manifest["config"]["objective"]
+    return Objective(prediction=section["prediction"], timesteps=section["timesteps"])
+
+
+def _whole(dataset: ShardDataset, channels: int, image_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return dataset.batch(np.arange(len(dataset)), channels, image_size)
+
+
+def _grid(samples: torch.Tensor, per_class: int, path: Path, title: str) -> Path:
+    """The first ten samples of each class, a class a row."""
+    columns = min(10, per_class)
+    chosen = samples.unflatten(0, (-1, per_class))[:, :columns].flatten(0, 1)
+    return image_grid(chosen, columns, path, title)
+
+
+def _epsilon_of(run: RunFolder, stage_name: str) -> str:
+    manifest = run.read_manifest(stage_name)
+    assert manifest is not None
+    metrics = manifest["metrics"]
+    return f"ε {metrics['epsilon']:.2f}, δ {metrics['delta']:g}" if "epsilon" in metrics else "public data"
+
+
+def _quality(source: str, figures: Mapping[str, Any], grid: Path) -> dict[str, str]:
+    """The figures a person looks for, each beside its value for real images."""
+
+    def beside(name: str, form: str) -> str:
+        return f"{figures[name]:{form}} (real {figures[name + '_real']:{form}})"
+
+    return {
+        f"{source}: class fidelity": beside("class_fidelity", ".3f"),
+        f"{source}: Fréchet / kernel distance": f"{beside('frechet_distance', '.2f')} / {beside('kernel_distance', '.3f')}",
+        f"{source}: precision / recall": f"{beside('precision', '.2f')} / {beside('recall', '.2f')}",
+        f"{source}: copy rate of public images": beside("copy_rate", ".3f"),
+        f"{source}: validation loss": f"{figures['validation_loss']:.4f}",
+        f"{source}: samples": str(grid),
+    }
+
+
+def _audit(stage: AuditStage, run: RunFolder, progress: Progress) -> Result:
+    progress(0, None, "recomputing epsilon from the ledger alone")
+    report = audit_run(run.path)
+    path = run.stage_folder(stage.name) / "audit.json"
+    write_json(path, report.as_dict())
+    _refuse_false_claims(report)
+    headline = {"verdict": report.verdict, "report": str(path)}
+    return Result({"claims": len(report.claims), "headline": headline}, (path,))
+
+
+def _refuse_false_claims(report: AuditReport) -> None:
+    false = [f"{claim.claim}: {claim.evidence}" for claim in report.claims if not claim.holds]
+    if false:
+        raise ValueError(f"the audit of {report.run} found {report.verdict}:\n  " + "\n  ".join(false))
+
+
+def _export(stage: ExportStage, run: RunFolder, progress: Progress) -> Result:
+    """The EMA weights with everything needed to sample from them, and the cards that say what they cost.
+
+    Refused where the audit finds a claim false: no card may promise what the ledger does not bear out.
+    """
+    report = audit_run(run.path)
+    _refuse_false_claims(report)
+    config, weights, checkpoint = load_average(run, stage.init_from)
+    manifest = run.read_manifest(stage.init_from)
+    assert manifest is not None
+    objective = objective_of(run, stage.init_from)
+    card = privacy_card(report, manifest, run)
+    described = {"model": config.model_dump(), "objective": objective.model_dump(), "source": checkpoint.name}
+    folder = run.stage_folder(stage.name) / "model"
+    write_export(
+        folder, weights, described,
+        extra_files={
+            "privacy_card.json": (json.dumps(card, indent=2) + "\n").encode(),
+            "MODEL_CARD.md": model_card(described, card, manifest, run).encode(),
+        },
+    )
+    headline = {"model": str(folder)}
+    outputs = [folder / name for name in ("model.safetensors", "config.json", "privacy_card.json", "MODEL_CARD.md")]
+    try:
+        tensors, diffusers_config = to_diffusers(weights, config.model_dump())
+    except ExportError as error:  # said, not hidden: our own format is complete without it
+        headline["diffusers"] = f"none: {error}"
+    else:
+        twin = folder.with_name("diffusers")
+        write_export(twin, tensors, diffusers_config, weights_file=DIFFUSERS_WEIGHTS_FILE)
+        headline["diffusers"] = str(twin)
+        outputs.append(twin / DIFFUSERS_WEIGHTS_FILE)
+    progress(1, 1)
+    return Result({"parameters": sum(tensor.numel() for tensor in weights.values()), "headline": headline}, tuple(outputs))
+
+
+STAGES: dict[type[StageConfig], Callable[[Any, RunFolder, Progress], Result]] = {
+    IngestStage: _ingest,
+    FilterStage: _filter,
+    EvalStage: _eval,
+    AuditStage: _audit,
+    ExportStage: _export,
+}
