@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import warnings
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,9 @@ from PIL import Image, ImageOps
 
 MAX_PIXELS = 16_000_000
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # decoders we let near foreign bytes
+
+# Pillow warns of large images when it reads their header; our own limit, checked right after, refuses smaller ones.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 # What Pillow raises on damaged bytes, besides OSError.
 _DAMAGE = (OSError, SyntaxError, ValueError, struct.error, EOFError, IndexError, TypeError, KeyError, MemoryError)

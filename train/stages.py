@@ -33,6 +33,7 @@ from train.config import (
 )
 from train.data import ShardDataset
 from train.evaluation import evaluate, image_grid, train_classifier, validation_loss
+from train.filtering import filter_shards
 from train.generation import build, generate
 from train.loop import ledger_path, load_average, train
 from train.measurements import Row
@@ -40,7 +41,7 @@ from train.metrics import format_mfu
 from train.parallel import World, join_world
 from train.progress import Progress
 from train.run_folder import RunFolder, digest_file, now, write_json
-from train.sources import filter_splits, ingest
+from train.sources import ingest
 
 
 @dataclass(frozen=True)
@@ -111,12 +112,33 @@ def _train(stage: TrainStage, run: RunFolder, world: World, fencing_epoch: int |
 
 
 def _ingest(stage: IngestStage, run: RunFolder, progress: Progress) -> Result:
-    metrics = ingest(stage.source, run.stage_folder(stage.name), shard_size=stage.shard_size, seed=stage.seed, progress=progress)
-    return Result(metrics, seeds={"ingest": stage.seed})
+    folder = run.stage_folder(stage.name)
+    metrics = ingest(stage, folder, progress)
+    headline = _records(metrics) | {"quarantined": _tally(metrics["quarantined"])}
+    return Result(metrics | {"headline": headline}, (folder / "quarantine.jsonl",), {"ingest": stage.seed})
 
 
 def _filter(stage: FilterStage, run: RunFolder, progress: Progress) -> Result:
-    return Result(filter_splits(run.path / stage.data_from, run.stage_folder(stage.name), stage.policy, progress=progress))
+    source, folder = run.read_manifest(stage.data_from), run.stage_folder(stage.name)
+    assert source is not None
+    splits = list(source["metrics"]["splits"])
+    metrics = filter_shards(run.path / stage.data_from, folder, splits, stage.policy, progress)
+    headline = _records(metrics) | {
+        "found in captions": _tally(metrics["entities"]),
+        "stripped from images": _tally(metrics["metadata"]),
+        "dropped or quarantined": _tally(metrics["reasons"]),
+    }
+    roots = {name: split["root"] for name, split in metrics["splits"].items()}
+    return Result(metrics | {"roots": roots, "headline": headline}, (folder / "quarantine.jsonl",))
+
+
+def _records(metrics: Mapping[str, Any]) -> dict[str, str]:
+    records = ", ".join(f"{name} {split['records']:,}" for name, split in metrics["splits"].items())
+    return {"records": records}
+
+
+def _tally(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items()) if count) or "none"
 
 
 def _eval(stage: EvalStage, run: RunFolder, progress: Progress) -> Result:

@@ -138,6 +138,12 @@ def test_a_target_already_spent_is_refused() -> None:
             refused()
 
 
+def test_a_target_that_no_noise_can_keep_is_refused() -> None:
+    spent = [(gaussian(1.0), 1)]
+    with pytest.raises(ValueError, match="no noise multiplier up to"):
+        calibrate_noise(epsilon(spent, 1e-5), 1e-5, 1.0, 1000, spent)
+
+
 @pytest.mark.parametrize(
     ("call", "said"),
     [
