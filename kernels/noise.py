@@ -1,12 +1,12 @@
 """Gaussian noise as a function of a key and an element index, never of an order of draws.
 
-`gaussian(key, offset, length)` is the slice [offset, offset + length) of one endless standard-normal sequence that the key
-names. Whoever owns a shard draws its slice; any sharding of a parameter sees the same bits.
+`gaussian(key, offset, length)` is the slice [offset, offset + length) of one endless standard-normal sequence that the
+key names. Whoever owns a shard draws its slice; any sharding of a parameter sees the same bits.
 
 Uniform words come from ChaCha20 (RFC 8439, through OpenSSL) or, where the noise need not be cryptographic, from Philox
 (Salmon et al. 2011). Box-Muller in float64 on 53-bit uniforms, rounded to fp32: |z| reaches 8.57 standard deviations.
-The elementary functions run on whole blocks aligned to the global index, because a vectorised logarithm may differ in its
-last bit from the scalar one that handles a ragged tail.
+The elementary functions run on whole blocks aligned to the global index, because a vectorised logarithm may differ in
+its last bit from the scalar one that handles a ragged tail.
 """
 
 from __future__ import annotations

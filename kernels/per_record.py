@@ -9,8 +9,8 @@ A layer given a `norm_row` takes part in differentially private training. Its ba
 Outside both it refuses to run backward, so that no unclipped gradient can come out of a private model by accident.
 Without a `norm_row` the operations are the plain ones of torch.
 
-Source: norms by Gram matrices, Goodfellow 2015 (arXiv:1510.01799) and Li et al. 2022 (arXiv:2110.05679, Eq. 3); the second
-pass with weights per record, Lee and Kifer 2021 (arXiv:2009.03106).
+Source: norms by Gram matrices, Goodfellow 2015 (arXiv:1510.01799) and Li et al. 2022 (arXiv:2110.05679, Eq. 3); the
+second pass with weights per record, Lee and Kifer 2021 (arXiv:2009.03106).
 """
 
 # B records, K rows a record (noise multiplicity), N tokens, P input features, D output features
@@ -92,7 +92,7 @@ def embedding(indices: Tensor, weight: Tensor, norm_row: Tensor | None) -> Tenso
 
 
 def linear_squared_norms(x_BNP: Tensor, g_BND: Tensor) -> Tensor:
-    """||sum_n g_n x_n^T||_F^2 of each record, in fp32 (float64 stays), by the cheaper of two exact forms. Shape (B,)."""
+    """||sum_n g_n x_n^T||_F^2 of each record, shape (B,), by the cheaper of two exact forms; at least fp32."""
     x_BNP, g_BND = _at_least_fp32(x_BNP), _at_least_fp32(g_BND)
     N, P, D = x_BNP.shape[1], x_BNP.shape[2], g_BND.shape[2]
     if N == 1:
@@ -103,7 +103,7 @@ def linear_squared_norms(x_BNP: Tensor, g_BND: Tensor) -> Tensor:
 
 
 def embedding_squared_norms(indices_BN: Tensor, g_BND: Tensor) -> Tensor:
-    """Squared norm of each record's embedding gradient: tokens of one index add up before they are squared. Shape (B,)."""
+    """Squared norm of each record's embedding gradient, shape (B,): tokens of one index add up before squaring."""
     g_BND = _at_least_fp32(g_BND)
     same_BNN = indices_BN[:, :, None] == indices_BN[:, None, :]
     return (torch.bmm(g_BND, g_BND.mT) * same_BNN).sum((1, 2))
@@ -123,7 +123,7 @@ def _by_record(x: Tensor, num_records: int) -> Tensor:
 
 def _require_pass() -> _NormPass | _ClippedPass:
     if _active is None:
-        raise RuntimeError("backward of a private layer outside norm_pass() and clipped_pass(): its gradient would be unclipped")
+        raise RuntimeError("backward of a private layer outside its two passes: the gradient would be unclipped")
     return _active
 
 

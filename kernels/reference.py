@@ -23,7 +23,7 @@ def embedding_squared_norms(indices_BN: Tensor, g_BND: Tensor, num_entries: int)
 def chacha20_block(key: bytes, counter: int, nonce: bytes) -> bytes:
     """One 64-byte block of the ChaCha20 keystream, RFC 8439 section 2.3."""
     words = [0x61707865, 0x3320646E, 0x79622D32, 0x6B206574]
-    words += struct.unpack("<8L", key) + (counter,) + struct.unpack("<3L", nonce)
+    words += [*struct.unpack("<8L", key), counter, *struct.unpack("<3L", nonce)]
     state = list(words)
 
     def rotate(value: int, bits: int) -> int:

@@ -195,7 +195,8 @@ def _spending(path: Path, view: LedgerView) -> Spending:
 def _check_stage(report: AuditReport, view: LedgerView, manifest: Manifest) -> None:
     """What one private stage's manifest says, against the ledger."""
     stage, ledger, metrics = manifest.stage, manifest.section("ledger"), manifest.section("metrics")
-    plan = view.plans.get(stage)
+    label = str(ledger.get("stage"))  # the stage's name in the ledger, which runs may share
+    plan = view.plans.get(label)
     planned, stated = (plan or {}).get("config_sha256"), manifest.content.get("config_sha256")
     report.check(
         f"{stage} ran the configuration it planned in the ledger",
@@ -209,7 +210,7 @@ def _check_stage(report: AuditReport, view: LedgerView, manifest: Manifest) -> N
         f"head {_short(ledger.get('head'))} "
         + ("is not there" if counts is None else f"after {counts.total()} charges; recorded {ledger.get('charges')}"),
     )
-    _check_steps(report, view.stages.get(stage, StageTally()), stage, metrics.get("steps"))
+    _check_steps(report, view.stages.get(label, StageTally()), stage, metrics.get("steps"))
     _check_stated_epsilon(report, stage, metrics, view, counts)
 
 

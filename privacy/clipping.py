@@ -1,7 +1,7 @@
 """Per-record clipping: each record's gradient is bounded before anything is summed.
 
-Flat clipping in two passes: the first backward asks every layer for each record's squared gradient norm, the second forms
-the gradient of the clip-weighted sum. No per-record gradient is ever in memory.
+Flat clipping in two passes: the first backward asks every layer for each record's squared gradient norm, the second
+forms the gradient of the clip-weighted sum. No per-record gradient is ever in memory.
 Source: Abadi et al. 2016 (arXiv:1607.00133), Alg. 1; two passes as in Lee and Kifer 2021 (arXiv:2009.03106).
 """
 
@@ -37,12 +37,14 @@ class Backend(Protocol):
 
 
 def check_model(model: nn.Module) -> dict[str, PerRecordModule]:
-    """The layers that report norms, by name. Raises ValueError naming every trainable parameter that none accounts for."""
+    """The layers that report norms, by name; a ValueError names every trainable parameter that none accounts for."""
     layers: dict[str, PerRecordModule] = {}
     owners: dict[nn.Parameter, str] = {}
     problems: list[str] = []
-    for module_name, module in model.named_modules():
-        for parameter_name, parameter in module.named_parameters(recurse=False):
+    modules: list[tuple[str, nn.Module]] = list(model.named_modules())  # pyright: ignore[reportUnknownArgumentType]
+    for module_name, module in modules:
+        own: list[tuple[str, nn.Parameter]] = list(module.named_parameters(recurse=False))
+        for parameter_name, parameter in own:
             name = f"{module_name}.{parameter_name}".lstrip(".")
             if not parameter.requires_grad:
                 continue
@@ -54,7 +56,8 @@ def check_model(model: nn.Module) -> dict[str, PerRecordModule]:
                 owners[parameter] = name
                 layers[module_name] = module
     if problems:
-        raise ValueError("this model cannot be trained privately:\n  " + "\n  ".join(problems) + "\nfreeze it or register a norm rule")
+        listed = "\n  ".join(problems)
+        raise ValueError(f"this model cannot be trained privately:\n  {listed}\nfreeze it or register a norm rule")
     if not layers:
         raise ValueError("this model has no trainable parameter: unfreeze at least one layer")
     return layers
@@ -112,7 +115,9 @@ class TwoPassClipper:
         for name, report in reports.items():
             if report is None or report[-1] != 1:
                 times = 0 if report is None else int(report[-1])
-                raise RuntimeError(f"layer {name!r} reported its per-record norms {times} times in one pass, not once: step refused")
+                raise RuntimeError(
+                    f"layer {name!r} reported its per-record norms {times} times in one pass, not once: step refused"
+                )
             squared_B += report[:-1]
         counts_B = present_B & torch.isfinite(squared_B) & torch.isfinite(losses_B)
         norms_B = squared_B.sqrt()

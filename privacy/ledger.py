@@ -311,6 +311,10 @@ class Ledger:
         """How many charges the ledger holds."""
         return self._view.num_charges
 
+    def num_charges_of(self, stage: str) -> int:
+        """How many charges one stage holds, replays among them."""
+        return sum(self._view.stages.get(stage, StageTally()).attempts.values())
+
     def counts(self) -> dict[str, int]:
         """Every charge ever made, as event's canonical JSON -> number."""
         return dict(self._view.counts)

@@ -4,8 +4,8 @@ For each step: the charge is durable in the ledger; then units are drawn; then c
 then noise is drawn for this very attempt; then the charge is marked done. Sampling, noise, accounting and ledger know
 nothing of each other: here they meet.
 
-One event covers both things a step releases, the noised gradient and the noised loss: scaled by their bounds they are one
-Gaussian release with 1/sigma^2 = 1/sigma_gradient^2 + 1/sigma_loss^2.
+One event covers both things a step releases, the noised gradient and the noised loss: scaled by their bounds they are
+one Gaussian release with 1/sigma^2 = 1/sigma_gradient^2 + 1/sigma_loss^2.
 """
 
 from __future__ import annotations
@@ -57,6 +57,11 @@ class Terms:
         return self.expected_batch_size / self.num_units
 
     @property
+    def max_charges(self) -> int:
+        """Attempts the noise is calibrated for."""
+        return self.steps + self.replay_steps
+
+    @property
     def allowed_epsilon(self) -> float:
         """The epsilon that everything charged to this data set, by all runs and stages, may reach."""
         return min(self.target_epsilon, self.dataset_cap or self.target_epsilon)
@@ -78,13 +83,19 @@ class Mechanism:
     """
 
     def __init__(
-        self, terms: Terms, master_secret: bytes, ledger: Ledger | None, broadcast: Callable[[Any], Any],
-        *, code_version: str, config_sha256: str,
+        self,
+        terms: Terms,
+        master_secret: bytes,
+        ledger: Ledger | None,
+        broadcast: Callable[[Any], Any],
+        *,
+        code_version: str,
+        config_sha256: str,
     ) -> None:
         if terms.expected_batch_size > terms.num_units:
             raise ValueError(
-                f"train.batch_size is {terms.expected_batch_size}, but the private data set has {terms.num_units} units: "
-                "the expected batch cannot exceed it"
+                f"train.batch_size is {terms.expected_batch_size}, but the private data set has {terms.num_units} "
+                "units: the expected batch cannot exceed it"
             )
         self.terms, self._ledger, self._broadcast, self._code_version = terms, ledger, broadcast, code_version
         plan: dict[str, Any] = self._on_rank_0(lambda ledger: self._plan(ledger, config_sha256))
@@ -92,9 +103,7 @@ class Mechanism:
         self.noise_multiplier: float = self.event["noise_multiplier"]
         self.gradient_multiplier = self.noise_multiplier / (1.0 - terms.loss_share) ** 0.5
         self.loss_multiplier = self.noise_multiplier / terms.loss_share**0.5
-        self._charges_left: int = self._on_rank_0(
-            lambda ledger: max_charges(self.event, terms.allowed_epsilon, terms.delta, ledger.counts())
-        )
+        self._charges_left: int = self._on_rank_0(self._affordable)
         # The ledger's id is in every key: only within one ledger are (stage, step, attempt) unique.
         ledger_id: str = self._on_rank_0(lambda ledger: ledger.ledger_id)
         sampling_key, noise_key, self._digest_key = (
@@ -104,7 +113,7 @@ class Mechanism:
         self._noise = GaussianNoise(noise_key, terms.stage, "chacha20" if terms.secure_noise else "philox")
 
     def _plan(self, ledger: Ledger, config_sha256: str) -> dict[str, Any]:
-        """The stage's plan in the ledger: found there on a resume, calibrated from the budget that is left otherwise."""
+        """The stage's plan: the ledger's on a resume, or else calibrated from the budget that is left."""
         terms = self.terms
         found = ledger.planned(terms.stage)
         if found is None:
@@ -112,7 +121,7 @@ class Mechanism:
                 "mechanism": "poisson_sampled_gaussian",
                 "sampling_rate": terms.sampling_rate,
                 "noise_multiplier": calibrate_noise(
-                    terms.allowed_epsilon, terms.delta, terms.sampling_rate, terms.steps + terms.replay_steps, ledger.counts()
+                    terms.allowed_epsilon, terms.delta, terms.sampling_rate, terms.max_charges, ledger.counts()
                 ),
             }
         else:
@@ -133,6 +142,11 @@ class Mechanism:
             code_version=self._code_version,
         )
 
+    def _affordable(self, ledger: Ledger) -> int:
+        """How many more attempts fit under the allowed epsilon, as far as the plan goes."""
+        planned = max(0, self.terms.max_charges - ledger.num_charges_of(self.terms.stage))
+        return max_charges(self.event, self.terms.allowed_epsilon, self.terms.delta, ledger.counts(), limit=planned)
+
     def charge(self, step: int) -> Charge:
         """Charge one attempt at `step`, durably, before anything of it is drawn or computed; the same on every rank.
 
@@ -140,10 +154,12 @@ class Mechanism:
         """
         if self._charges_left <= 0:
             raise BudgetExhausted(
-                f"privacy.target_epsilon: step {step} of {self.terms.stage} would pass epsilon {self.terms.allowed_epsilon:g} "
-                f"at delta {self.terms.delta:g}: raise the target (or dataset_cap), keep more replay_steps, or stop here"
+                f"step {step} of {self.terms.stage} would pass epsilon {self.terms.allowed_epsilon:g} at delta "
+                f"{self.terms.delta:g}: stop here, or in another run raise privacy.target_epsilon or replay_steps"
             )
-        charge: Charge = self._on_rank_0(lambda ledger: ledger.charge(self.terms.stage, step, self.event, self._code_version))
+        charge: Charge = self._on_rank_0(
+            lambda ledger: ledger.charge(self.terms.stage, step, self.event, self._code_version)
+        )
         self._charges_left -= 1
         return charge
 
@@ -152,7 +168,7 @@ class Mechanism:
         return self._sampler.draw(charge.step, charge.attempt)
 
     def privatise(self, charge: Charge) -> Callable[[OwnedShard, Tensor], None]:
-        """The noise of this attempt, for each owned shard of the clipped, reduced gradient sum, and the fixed divisor."""
+        """What each owned shard of the clipped, reduced sum gets: this attempt's noise and the fixed divisor."""
         std = self.gradient_multiplier * self.terms.max_grad_norm
 
         def add_noise(shard: OwnedShard, gradient: Tensor) -> None:
@@ -198,11 +214,21 @@ class Mechanism:
             "max_grad_norm": self.terms.max_grad_norm,
         }
 
+    @property
+    def head(self) -> str | None:
+        """The ledger's head, on rank 0; None elsewhere."""
+        return None if self._ledger is None else self._ledger.head
+
     def statement(self) -> dict[str, Any] | None:
-        """Where the ledger stood: its path, head and number of charges; on rank 0, None elsewhere."""
+        """Where the ledger stands: path, head, number of charges, and the stage's name in it; None but on rank 0."""
         if self._ledger is None:
             return None
-        return {"path": str(self._ledger.path), "head": self._ledger.head, "charges": self._ledger.num_charges}
+        return {
+            "path": str(self._ledger.path),
+            "head": self._ledger.head,
+            "charges": self._ledger.num_charges,
+            "stage": self.terms.stage,
+        }
 
     def _on_rank_0(self, act: Callable[[Ledger], T]) -> T:
         """Let rank 0 act on the ledger and every rank have the result, or the error."""

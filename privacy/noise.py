@@ -13,8 +13,8 @@ from kernels.noise import KEYSTREAMS, gaussian
 class GaussianNoise:
     """Noise that is a function of (secret, stage, step, attempt, name, element index).
 
-    Guarantee: two draws share bits only if all of these agree, so a replayed step (a new attempt) never meets the noise of
-    the step it replays. The caller must have a durable charge for (stage, step, attempt) before it draws.
+    Guarantee: two draws share bits only if all of these agree, so a replayed step (a new attempt) never meets the noise
+    of the step it replays. The caller must have a durable charge for (stage, step, attempt) before it draws.
     """
 
     def __init__(self, secret: bytes, stage: str, generator: str) -> None:
@@ -23,7 +23,7 @@ class GaussianNoise:
         self._secret, self._stage, self.generator = secret, stage, generator
 
     def add_(self, shard: Tensor, *, name: str, offset: int, step: int, attempt: int, std: float) -> None:
-        """Add N(0, std^2) to a flat shard that holds elements [offset, offset + numel) of the named tensor, in place."""
+        """Add N(0, std^2), in place, to a flat shard that holds elements [offset, offset + numel) of tensor `name`."""
         if not std > 0:
             raise ValueError(f"noise on {name} at step {step} has standard deviation {std}: it must be positive")
         label = "\x1f".join(("noise", self._stage, str(step), str(attempt), name))

@@ -21,7 +21,19 @@ COMPOSERS = {"privacy.mechanism", "privacy.audit"}
 VOCABULARY = {"privacy.events"}
 # What an auditor runs needs neither torch nor our kernels.
 AUDITORS_PART = ("ledger", "accounting", "sampling", "secrets", "events", "audit", "pii")
-TOP_LEVEL = {".ci", ".gitignore", "checkpointing", "configs", "docs", "kernels", "models", "privacy", "scripts", "tests", "train"}
+TOP_LEVEL = {
+    ".ci",
+    ".gitignore",
+    "checkpointing",
+    "configs",
+    "docs",
+    "kernels",
+    "models",
+    "privacy",
+    "scripts",
+    "tests",
+    "train",
+}
 
 
 def imports_of(path: Path) -> set[str]:
@@ -59,7 +71,9 @@ def test_the_parts_of_privacy_do_not_know_each_other() -> None:
         module = module_of(path)
         own = ".".join(module.split(".")[:2])
         others = {".".join(n.split(".")[:2]) for n in imports_of(path) if n.startswith("privacy.")} - {own} - VOCABULARY
-        assert module in COMPOSERS or not others, f"{module} imports {sorted(others)}: let privacy.mechanism compose them"
+        assert module in COMPOSERS or not others, (
+            f"{module} imports {sorted(others)}: let privacy.mechanism compose them"
+        )
 
 
 def test_what_an_auditor_runs_needs_no_torch() -> None:

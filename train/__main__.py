@@ -22,11 +22,14 @@ from train.supervisor import EXIT_PREEMPTED, EXIT_USER_ERROR
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m train", description="Run one stage of a recipe; run again after anything, it goes on where it was."
+        prog="python -m train",
+        description="Run one stage of a recipe; run again after anything, it goes on where it was.",
     )
     parser.add_argument("stage", type=Path, help="stage file, such as configs/digits/30_pretrain.yaml")
     parser.add_argument("--run-dir", type=Path, help="run folder (default: runs/RECIPE)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, such as train.steps=10")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, such as train.steps=10"
+    )
     parser.add_argument("--fencing-epoch", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher passes it
     return parser.parse_args()

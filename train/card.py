@@ -39,7 +39,14 @@ def _sources(manifest: Mapping[str, Any], run: RunFolder) -> list[dict[str, Any]
     while current is not None:
         config = current["config"]
         private = current["ledger"] is not None
-        stages.append({"stage": current["stage"], "split": config["split"], "private": private, "steps": current["metrics"]["steps"]})
+        stages.append(
+            {
+                "stage": current["stage"],
+                "split": config["split"],
+                "private": private,
+                "steps": current["metrics"]["steps"],
+            }
+        )
         current = run.read_manifest(config["init_from"]) if config["init_from"] else None
     return stages
 
@@ -48,11 +55,11 @@ def model_card(config: Mapping[str, Any], card: Mapping[str, Any], manifest: Map
     """A page for whoever finds the weights: what they are, what they promise, how to use them."""
     model, guarantee = config["model"], card["guarantee"]
     if guarantee is None:
-        promise = "These weights were trained without differential privacy. They promise nothing about their training records."
+        promise = "Trained without differential privacy: these weights promise nothing about their training records."
     else:
         promise = (
-            f"Adding or removing one {guarantee['unit']} of the private training data changes the distribution of these "
-            f"weights by at most (ε, δ) = ({guarantee['epsilon']:.3f}, {guarantee['delta']:g}), computed by "
+            f"Adding or removing one {guarantee['unit']} of the private training data changes the distribution of "
+            f"these weights by at most (ε, δ) = ({guarantee['epsilon']:.3f}, {guarantee['delta']:g}), computed by "
             f"{guarantee['accountant']}. Audit: {card['audit']['verdict']}.\n\n"
             "What the guarantee leaves out:\n\n" + "\n".join(f"- {caveat}" for caveat in card["caveats"])
         )
@@ -64,7 +71,7 @@ def model_card(config: Mapping[str, Any], card: Mapping[str, Any], manifest: Map
 
 {model["channels"]} x {model["image_size"]} x {model["image_size"]} images, {model["num_classes"]} classes; DiT of width \
 {model["width"]}, depth {model["depth"]}, {model["heads"]} heads, patches of {model["patch_size"]}. \
-The weights are the exponential moving average of `{manifest["stage"]}` in recipe `{run.recipe}`.
+The weights are the moving average (EMA) of stage `{manifest["stage"]}` in recipe `{run.recipe}`.
 
 ## Privacy
 

@@ -23,8 +23,16 @@ def build(config: DiTConfig, weights: dict[str, Tensor]) -> DiT:
 
 
 def generate(
-    model: DiT, objective: Objective, labels: Tensor, *, seed: int, sampler: Sampler, steps: int, guidance: float,
-    batch_size: int = 250, progress: Callable[[int], None] | None = None,
+    model: DiT,
+    objective: Objective,
+    labels: Tensor,
+    *,
+    seed: int,
+    sampler: Sampler,
+    steps: int,
+    guidance: float,
+    batch_size: int = 250,
+    progress: Callable[[int], None] | None = None,
 ) -> Tensor:
     """One image a label, [N, C, H, W] in [-1, 1]. Image n depends on (seed, n, labels[n]) and the weights alone."""
     config = model.config
@@ -34,7 +42,13 @@ def generate(
         noise = record_draws(seed, "sample", 0, indices.tolist(), shape, 1).noise
         images.append(
             sample(
-                model, objective, noise, labels[indices], sampler=sampler, steps=steps, guidance=guidance,
+                model,
+                objective,
+                noise,
+                labels[indices],
+                sampler=sampler,
+                steps=steps,
+                guidance=guidance,
                 null_class=model.null_class,
             ).clamp(-1.0, 1.0)
         )

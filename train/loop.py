@@ -17,7 +17,7 @@ from checkpointing.sharded import Checkpoint, Chunk, Kind, latest, save
 from checkpointing.store import prune
 from models.dit import DiT, DiTConfig
 from privacy.clipping import TwoPassClipper
-from privacy.ledger import Ledger
+from privacy.ledger import Ledger, LedgerError, read_ledger
 from privacy.mechanism import Mechanism, Terms
 from privacy.secrets import load_master_secret
 from train.config import FinetuneStage, TrainStage
@@ -75,15 +75,20 @@ def train(stage: TrainStage, run: RunFolder, world: World, fencing_epoch: int) -
         folder = run.stage_folder(stage.name)
         dataset = ShardDataset(run.path / stage.data_from / stage.split, stage.split)
         config = architecture(run, stage)
-        private = isinstance(stage, FinetuneStage)
-        mechanism = _open_mechanism(stage, run, world, dataset, fencing_epoch, stack) if private else None
-
         checkpoint = _newest(folder / CHECKPOINTS, world)
+        mechanism = None
+        if isinstance(stage, FinetuneStage):
+            mechanism = stack.enter_context(_open_mechanism(stage, run, world, dataset, fencing_epoch, checkpoint))
         model = DiT(config)
         _load_weights(model, stage, run, checkpoint)
         backend = shard_model(
-            model, world, stage.parallel, stage.optim, microbatch_size=stage.train.microbatch_size,
-            bf16=stage.train.precision == "bf16", max_grad_norm=stage.train.max_grad_norm,
+            model,
+            world,
+            stage.parallel,
+            stage.optim,
+            microbatch_size=stage.train.microbatch_size,
+            bf16=stage.train.precision == "bf16",
+            max_grad_norm=stage.train.max_grad_norm,
         )
         average = ExponentialMovingAverage(backend, stage.optim.ema_decay)
         first = 0
@@ -106,7 +111,7 @@ def train(stage: TrainStage, run: RunFolder, world: World, fencing_epoch: int) -
             done = step + 1
             stopping = world.any(stop.is_set())
             if done % stage.checkpoint.every == 0 or done == stage.train.steps or stopping:
-                saved = _save(folder / CHECKPOINTS, done, stage, backend, average, world)
+                saved = _save(folder / CHECKPOINTS, done, stage, backend, average, mechanism)
                 failpoint("checkpoint.saved", step=done)
             if stopping and done < stage.train.steps:
                 raise Preempted(f"stage {stage.name} was told to stop: step {done} of {stage.train.steps} is saved")
@@ -131,13 +136,15 @@ def load_average(run: RunFolder, stage_name: str) -> tuple[DiTConfig, dict[str, 
             f"restore it from a copy, or remove {run.manifest_path(stage_name)} and run the stage again"
         )
     weights = {
-        name: checkpoint.read("ema", name).view(shape) for (kind, name), shape in checkpoint.tensors().items() if kind == "ema"
+        name: checkpoint.read("ema", name).view(shape)
+        for (kind, name), shape in checkpoint.tensors().items()
+        if kind == "ema"
     }
     return DiTConfig(**checkpoint.state["model"]), weights, checkpoint.folder
 
 
 class _Log:
-    """What a training stage tells: progress on every step, metrics and throughput on some, curves at the end (rank 0)."""
+    """What a training stage tells, on rank 0: progress on every step, metrics on some, curves at the end."""
 
     def __init__(
         self, stage: TrainStage, folder: Path, world: World, model: DiT, first: int, mechanism: Mechanism | None
@@ -147,10 +154,18 @@ class _Log:
         hardware = find_hardware(stage.parallel.hardware, _device_name(world))
         peak = getattr(hardware.peak_flops, stage.train.precision) if hardware else None
         self.throughput = Throughput(model.forward_flops(), peak * world.size if peak else None)
-        self.metrics = MetricsLogger(
-            folder, stage.name, stage.model_dump(mode="json"), wandb_mode=stage.log.wandb, resume_step=first,
-            operator=isinstance(stage, FinetuneStage) and stage.privacy.operator_metrics,
-        ) if world.rank == 0 else None
+        self.metrics = (
+            MetricsLogger(
+                folder,
+                stage.name,
+                stage.model_dump(mode="json"),
+                wandb_mode=stage.log.wandb,
+                resume_step=first,
+                operator=isinstance(stage, FinetuneStage) and stage.privacy.operator_metrics,
+            )
+            if world.rank == 0
+            else None
+        )
 
     def __enter__(self) -> _Log:
         return self
@@ -194,14 +209,21 @@ def _stop_on_signal() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def mechanism_terms(stage: FinetuneStage, num_units: int) -> Terms:
-    """The mechanism's terms, from the stage's configuration and the size of its data set."""
+def mechanism_terms(stage: FinetuneStage, run: RunFolder, num_units: int) -> Terms:
+    """The mechanism's terms, from the stage's configuration, the run it belongs to, and the size of its data set."""
     keys = (
-        "replay_steps", "max_grad_norm", "loss_bound", "loss_share", "target_epsilon", "delta", "dataset_cap",
-        "secure_noise", "operator_metrics",
+        "replay_steps",
+        "max_grad_norm",
+        "loss_bound",
+        "loss_share",
+        "target_epsilon",
+        "delta",
+        "dataset_cap",
+        "secure_noise",
+        "operator_metrics",
     )
     return Terms(
-        stage=stage.name,
+        stage=f"{run.run_id}/{stage.name}",
         steps=stage.train.steps,
         num_units=num_units,
         expected_batch_size=stage.train.batch_size,
@@ -209,24 +231,51 @@ def mechanism_terms(stage: FinetuneStage, num_units: int) -> Terms:
     )
 
 
+@contextmanager
 def _open_mechanism(
-    stage: TrainStage, run: RunFolder, world: World, dataset: ShardDataset, fencing_epoch: int, stack: ExitStack
-) -> Mechanism:
-    assert isinstance(stage, FinetuneStage)
-    privacy = stage.privacy
+    stage: FinetuneStage,
+    run: RunFolder,
+    world: World,
+    dataset: ShardDataset,
+    fencing_epoch: int,
+    resumed: Checkpoint | None,
+) -> Iterator[Mechanism]:
+    """The stage's mechanism, with the ledger open on rank 0 for as long as the context lasts."""
+    privacy, path = stage.privacy, ledger_path(run, stage)
     secret = load_master_secret(Path(privacy.key_file) if privacy.key_file else run.path / "secret.key")
-    ledger = None
-    if world.rank == 0:
-        ledger = stack.enter_context(
-            Ledger.open(
-                ledger_path(run, stage), delta=privacy.delta, unit=privacy.unit, dataset_root=dataset.root,
-                dataset_cap=privacy.dataset_cap, fencing_epoch=fencing_epoch,
+    with ExitStack() as stack:
+        ledger = None
+        if world.rank == 0:
+            if resumed is not None:
+                _require_ledger_of(resumed, path)
+            ledger = stack.enter_context(
+                Ledger.open(
+                    path,
+                    delta=privacy.delta,
+                    unit=privacy.unit,
+                    dataset_root=dataset.root,
+                    dataset_cap=privacy.dataset_cap,
+                    fencing_epoch=fencing_epoch,
+                )
             )
+        yield Mechanism(
+            mechanism_terms(stage, run, len(dataset)),
+            secret,
+            ledger,
+            world.broadcast,
+            code_version=code_version(),
+            config_sha256=stage.sha256(),
         )
-    terms = mechanism_terms(stage, len(dataset))
-    return Mechanism(
-        terms, secret, ledger, world.broadcast, code_version=code_version(), config_sha256=stage.sha256()
-    )
+
+
+def _require_ledger_of(checkpoint: Checkpoint, path: Path) -> None:
+    """Refuse a ledger that does not know of the checkpoint: a lost one would begin the budget anew."""
+    head = checkpoint.state["ledger_head"]
+    if not path.exists() or head not in read_ledger(path, [head]).heads:
+        raise LedgerError(
+            f"{checkpoint.folder} was charged to a ledger that held {head[:12]}.., and {path} does not: "
+            "restore the ledger; without it nobody can say what these weights have cost"
+        )
 
 
 def _prefetcher(stage: TrainStage, dataset: ShardDataset, batches: Batches) -> Prefetcher:
@@ -267,11 +316,19 @@ def _restore(checkpoint: Checkpoint, backend: Backend, average: ExponentialMovin
 
 
 def _save(
-    root: Path, step: int, stage: TrainStage, backend: Backend, average: ExponentialMovingAverage, world: World
+    root: Path,
+    step: int,
+    stage: TrainStage,
+    backend: Backend,
+    average: ExponentialMovingAverage,
+    mechanism: Mechanism | None,
 ) -> Path:
-    tensors: list[tuple[Kind, Shard, torch.Tensor]] = [("param", shard, shard.value) for shard in backend.shards]
-    tensors += backend.optimizer_tensors()
-    tensors += [("ema", shard, value) for shard, value in average.averages]
+    world = backend.world
+    tensors: list[tuple[Kind, Shard, torch.Tensor]] = [
+        *(("param", shard, shard.value) for shard in backend.shards),
+        *backend.optimizer_tensors(),
+        *(("ema", shard, value) for shard, value in average.averages),
+    ]
     chunks = []
     for kind, shard, tensor in tensors:
         start, stop = backend.stored_range(shard)
@@ -281,6 +338,7 @@ def _save(
         "stage": stage.name,
         "config_sha256": stage.sha256(),
         "model": backend.module.config.model_dump(),  # type: ignore[union-attr]
+        "ledger_head": None if mechanism is None else mechanism.head,
     }
     folder = save(root, step, chunks, state, rank=world.rank, world_size=world.size, gather=world.gather)
     if world.rank == 0:

@@ -1,8 +1,8 @@
 """How a model is spread over ranks: single | ddp | fsdp2 | zero1 | zero2 | zero3, behind one interface.
 
-A step asks a backend for three things only: a context for each microbatch, a `backward`, and an `update` that shows every
-owned gradient shard to a callback just before AdamW reads it. Whatever the sharding, the sum of gradients over ranks and
-microbatches has then been reduced in fp32, and each element is shown on every rank that holds it.
+A step asks a backend for three things only: a context for each microbatch, a `backward`, and an `update` that shows
+every owned gradient shard to a callback just before AdamW reads it. Whatever the sharding, the sum of gradients over
+ranks and microbatches has then been reduced in fp32, and each element is shown on every rank that holds it.
 """
 
 import os
@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
@@ -56,10 +57,10 @@ class World:
 
 
 def join_world() -> World:
-    """Join the process group that torchrun, deepspeed or Slurm set up in the environment; alone, make one of one rank."""
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """Join the process group that a launcher set up in the environment; alone, make one of one rank."""
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
@@ -82,7 +83,7 @@ class Shard:
     start: int  # where the shard begins in the holder's local elements
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The shard's flat view of a tensor laid out like the holder: the holder itself, its gradient, its AdamW state."""
+        """The shard's flat view of a tensor laid out like the holder: itself, its gradient, its AdamW state."""
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         return local.view(-1)[self.start : self.start + self.numel]
 
@@ -148,7 +149,7 @@ class Backend:
         finally:
             self._transform = None
         if not self._updated:
-            raise RuntimeError("the engine skipped the optimizer's step, as DeepSpeed does where a gradient is not finite")
+            raise RuntimeError("the engine skipped the step, as DeepSpeed does where a gradient is not finite")
 
     def _before_adamw(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._updated = True
@@ -176,7 +177,9 @@ class Backend:
         for holder in {id(shard.holder): shard.holder for shard in self.shards}.values():
             zeros = partial(torch.zeros_like, holder, memory_format=torch.preserve_format)
             self.optimizer.state[holder] = {
-                "step": torch.tensor(float(num_updates)), "exp_avg": zeros().detach(), "exp_avg_sq": zeros().detach()
+                "step": torch.tensor(float(num_updates)),
+                "exp_avg": zeros().detach(),
+                "exp_avg_sq": zeros().detach(),
             }
 
 
@@ -206,7 +209,7 @@ class FullySharded(Backend):
     def _wrap(self, make_optimizer: Callable[[Any], torch.optim.AdamW]) -> None:
         from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-        mesh = dist.init_device_mesh(self.world.device.type, (self.world.size,))
+        mesh = init_device_mesh(self.world.device.type, (self.world.size,))
         # fp32 reduction always: a bf16 sum over ranks would lose clipped gradients and blur the sensitivity bound.
         # Inputs stay as they are: bf16 timesteps would merge.
         policy = MixedPrecisionPolicy(
@@ -214,13 +217,13 @@ class FullySharded(Backend):
         )
         for block in self.module.blocks:  # type: ignore[union-attr]
             fully_shard(block, mesh=mesh, mp_policy=policy)
-        self.model = fully_shard(self.module, mesh=mesh, mp_policy=policy)
-        for part in self.model.modules():
+        fully_shard(self.module, mesh=mesh, mp_policy=policy)
+        for part in self.module.modules():
             if isinstance(part, FSDPModule):
                 part.set_gradient_divide_factor(1.0)
                 part.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
-        self.names = {parameter: name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-        self.optimizer = make_optimizer(self.model.parameters())
+        super()._wrap(make_optimizer)
+        self.names = {parameter: name for name, parameter in self.module.named_parameters() if parameter.requires_grad}
 
     def _list_shards(self) -> Iterator[Shard]:
         for parameter, name in self.names.items():
@@ -233,7 +236,7 @@ class FullySharded(Backend):
 
     @contextmanager
     def microbatch(self, *, last: bool) -> Iterator[None]:
-        self.model.set_requires_gradient_sync(last)
+        self.module.set_requires_gradient_sync(last)  # type: ignore[operator]
         yield
 
 
@@ -252,7 +255,7 @@ class Zero(Backend):
         os.environ.setdefault("LOCAL_RANK", "0")
         optimizer = make_optimizer(self.module.parameters())
         clipping = self.max_grad_norm or 0.0  # DeepSpeed's default of 1.0 would clip the noised sum
-        self.engine, *_ = deepspeed.initialize(
+        engine, *_ = deepspeed.initialize(
             model=self.module,
             optimizer=optimizer,
             config={
@@ -271,6 +274,7 @@ class Zero(Backend):
                 "steps_per_print": 2**31,
             },
         )
+        self.engine: Any = engine
         self.model, self.optimizer = self.engine, optimizer
 
     @property
@@ -307,7 +311,13 @@ class Zero(Backend):
 
 
 def shard_model(
-    module: nn.Module, world: World, parallel: Parallel, optim: Optim, *, microbatch_size: int, bf16: bool,
+    module: nn.Module,
+    world: World,
+    parallel: Parallel,
+    optim: Optim,
+    *,
+    microbatch_size: int,
+    bf16: bool,
     max_grad_norm: float | None = None,
 ) -> Backend:
     """Put `module` (fp32, the same on every rank) under the backend that `parallel` names, with its AdamW."""
@@ -320,7 +330,7 @@ def shard_model(
     arguments = (module, world, optim, max_grad_norm)
     if parallel.backend == "single":
         if world.size != 1:
-            raise ValueError(f"parallel.backend is single but {world.size} processes were started: start one, or choose ddp")
+            raise ValueError(f"parallel.backend is single, but {world.size} processes were started: choose ddp")
         return Backend(*arguments)
     if parallel.backend == "ddp":
         return DistributedDataParallel(*arguments)

@@ -14,6 +14,7 @@ from train.config import DiTModel, FinetuneStage, IngestStage, Parallel, StageCo
 from train.hardware import Hardware, find_hardware, known_hardware
 from train.launchers import Placement, stage_command, worker_arguments
 from train.recipe import ConfigError, Recipe, model_of
+from train.sources import DIGITS_SPLITS, DigitsSource
 
 FP32 = 4  # bytes
 
@@ -109,9 +110,9 @@ def plan_memory(
       zero1    shards moments, EMA and its fp32 master copy (4P/W more)
       zero2    shards the gradients too
       zero3    shards the weights too, and holds two gathered blocks
-    Activations of a block, N tokens of width D and MLP ratio r, a record: N D (13 + 2 r) elements kept for the
-    backward: norms' inputs and outputs 4, linears' inputs 2 + r, q k v 3, attention's output twice, gates' 2, GELU's
-    input r. With activation checkpointing N D for each block's input, and one block in full.
+    Activations of a block, N tokens of width D and MLP ratio r, a record and noise draw: N D (13 + 2 r) elements kept
+    for the backward: norms' inputs and outputs 4, linears' inputs 2 + r, q k v 3, attention's output twice, gates' 2,
+    GELU's input r. With activation checkpointing N D for each block's input, and one block in full.
     """
     full = FP32 * num_parameters
     shard = math.ceil(full / world_size)
@@ -123,6 +124,7 @@ def plan_memory(
     buckets = full if backend == "ddp" else 0
     state = shard if states_sharded else full
     element = 2 if stage.train.precision == "bf16" else FP32
+    rows = stage.train.microbatch_size * stage.objective.noise_draws
     gathered = 2 * largest_block * element if backend in ("fsdp2", "zero3") else 0
     return MemoryPlan(
         parameters=weights + masters,
@@ -130,16 +132,16 @@ def plan_memory(
         optimizer=2 * state,
         ema=state,
         gathered=gathered,
-        activations=activation_bytes(model, stage.train.microbatch_size, element, stage.parallel),
+        activations=activation_bytes(model, rows, element, stage.parallel),
     )
 
 
-def activation_bytes(model: DiTModel, records: int, element: int, parallel: Parallel) -> int:
+def activation_bytes(model: DiTModel, rows: int, element: int, parallel: Parallel) -> int:
     """Bytes kept for the backward of one microbatch; the formula is in `plan_memory`."""
     tokens = model.num_tokens * model.width
     block = tokens * (13 + 2 * model.mlp_ratio)
     kept = model.depth * tokens + block if parallel.activation_checkpointing else model.depth * block
-    return records * kept * element
+    return rows * kept * element
 
 
 def plan_privacy(stage: FinetuneStage, num_records: int) -> PrivacyPlan:
@@ -176,7 +178,9 @@ def count_records(recipe: Recipe, stage: TrainStage, run_dir: Path) -> int | Non
     source: StageConfig = recipe.stage(stage.data_from)
     while not isinstance(source, IngestStage):
         source = recipe.stage(source.inputs()[0])
-    return source.source.num_records(stage.split)
+    if isinstance(source.source, DigitsSource):
+        return next((count for split, count in DIGITS_SPLITS.items() if split == stage.split), None)
+    return None
 
 
 def _count_parameters(model: DiTModel) -> tuple[int, int]:

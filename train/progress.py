@@ -1,4 +1,4 @@
-"""How far a stage is, told to whoever launched it: JSON lines in the stage's folder, which the launch shows as a bar."""
+"""How far a stage is, told to whoever launched it: JSON lines in its folder, which the launch shows as a bar."""
 
 from __future__ import annotations
 

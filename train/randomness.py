@@ -24,7 +24,9 @@ class Draws:
     noise: Tensor
 
 
-def record_draws(seed: int, stage: str, step: int, records: Sequence[int], shape: Sequence[int], num_draws: int) -> Draws:
+def record_draws(
+    seed: int, stage: str, step: int, records: Sequence[int], shape: Sequence[int], num_draws: int
+) -> Draws:
     """The draws of each record at one step, from Philox keyed by (seed, stage) and counted by (step, record, draw)."""
     stage_word = int.from_bytes(hashlib.sha256(stage.encode()).digest()[:8], "little")
     key = np.array([seed, stage_word], dtype=np.uint64)

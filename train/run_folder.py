@@ -14,6 +14,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import secrets
 import socket
 import subprocess
 import tempfile
@@ -61,8 +62,14 @@ class RunFolder:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise RunFolderError(f"{path} holds something that is not a run (no run.json): give another --run-dir")
         path.mkdir(parents=True, exist_ok=True)
-        write_json(marker, {"format": FORMAT, "recipe": recipe, "created": now(), "code_version": code_version()})
+        identity = {"id": secrets.token_hex(6), "recipe": recipe}
+        write_json(marker, {"format": FORMAT, **identity, "created": now(), "code_version": code_version()})
         return cls(path, recipe)
+
+    @property
+    def run_id(self) -> str:
+        """What tells this run from every other that charges the same ledger."""
+        return _read_json(self.path / "run.json")["id"]
 
     def stage_folder(self, stage: str) -> Path:
         """The folder of `stage`, created if missing."""

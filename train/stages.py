@@ -1,4 +1,4 @@
-"""The stages of a recipe: each reads the manifests of its inputs, fills its own folder, and writes its manifest last."""
+"""The stages of a recipe: each reads its inputs' manifests, fills its own folder, and writes its manifest last."""
 
 # One file: a stage is a page of glue between the parts, and reads best beside its neighbours.
 
@@ -75,9 +75,14 @@ def run_stage(stage: StageConfig, run: RunFolder, fencing_epoch: int | None) -> 
             result = STAGES[type(stage)](stage, run, Progress(run.stage_folder(stage.name)))
         if first_rank:
             run.write_manifest(
-                stage, inputs=inputs, started=started, seconds=time.monotonic() - clock, metrics=result.metrics,
+                stage,
+                inputs=inputs,
+                started=started,
+                seconds=time.monotonic() - clock,
+                metrics=result.metrics,
                 outputs={str(path.relative_to(run.path)): digest_file(path) for path in result.outputs},
-                seeds=result.seeds, ledger=result.ledger,
+                seeds=result.seeds,
+                ledger=result.ledger,
             )
 
 
@@ -96,14 +101,15 @@ def _train(stage: TrainStage, run: RunFolder, world: World, fencing_epoch: int |
     check_batch(stage, world.size)
     if fencing_epoch is None:  # started by hand
         ledger = ledger_path(run, stage) if isinstance(stage, FinetuneStage) else None
-        fencing_epoch = world.broadcast(run.next_fencing_epoch(ledger) if world.rank == 0 else None)
+        fencing_epoch = int(world.broadcast(run.next_fencing_epoch(ledger) if world.rank == 0 else None))
     trained = train(stage, run, world, fencing_epoch)
     if world.rank != 0:
         return Result({})
     metrics = trained.metrics
     headline = {"steps": str(metrics["steps"]), "loss": f"{metrics['loss']:.3f}"}
     if "epsilon" in metrics:
-        headline["epsilon"] = f"{metrics['epsilon']:.3f} at delta {metrics['delta']:g} (target {metrics['target_epsilon']:g})"
+        target = f"(target {metrics['target_epsilon']:g})"
+        headline["epsilon"] = f"{metrics['epsilon']:.3f} at delta {metrics['delta']:g} {target}"
         headline["noise multiplier"] = f"{metrics['noise_multiplier']:.3f}"
     headline["throughput"] = f"{metrics['images_per_s']:,.0f} images/s, MFU {format_mfu(metrics['mfu'])}"
     headline["curves"] = str(run.path / stage.name / "curves.png")
@@ -158,18 +164,29 @@ def _eval(stage: EvalStage, run: RunFolder, progress: Progress) -> Result:
         labels = torch.arange(config.num_classes).repeat_interleave(stage.samples_per_class)
         total, done = len(labels) * len(stage.init_from), len(labels) * place
         samples = generate(
-            model, objective, labels, seed=stage.seed, sampler=stage.sampler, steps=stage.sampler_steps,
-            guidance=stage.guidance, batch_size=stage.batch_size,
+            model,
+            objective,
+            labels,
+            seed=stage.seed,
+            sampler=stage.sampler,
+            steps=stage.sampler_steps,
+            guidance=stage.guidance,
+            batch_size=stage.batch_size,
             progress=lambda n, source=source, done=done, total=total: progress(done + n, total, f"sampling {source}"),
         )
         figures = evaluate(samples, labels, test, test_labels, public, classifier, seed=stage.seed)
         figures |= validation_loss(model, objective, test, test_labels)
         fidelity = float(figures["class_fidelity"])
-        grid = _grid(samples, stage.samples_per_class, folder / f"{source}.png", f"{source}: {_epsilon_of(run, source)}")
+        grid = _grid(
+            samples, stage.samples_per_class, folder / f"{source}.png", f"{source}: {_epsilon_of(run, source)}"
+        )
         target = stage.minimum_fidelity.get(source)
         metrics["rows"].append(
             Row(
-                name=f"{stage.name}.{source}.class_fidelity", value=fidelity, unit="share", target=target,
+                name=f"{stage.name}.{source}.class_fidelity",
+                value=fidelity,
+                unit="share",
+                target=target,
                 ok=None if target is None else fidelity >= target,
             )
         )
@@ -213,7 +230,8 @@ def _quality(source: str, figures: Mapping[str, Any], grid: Path) -> dict[str, s
 
     return {
         f"{source}: class fidelity": beside("class_fidelity", ".3f"),
-        f"{source}: Fréchet / kernel distance": f"{beside('frechet_distance', '.2f')} / {beside('kernel_distance', '.3f')}",
+        f"{source}: Fréchet distance": beside("frechet_distance", ".2f"),
+        f"{source}: kernel distance": beside("kernel_distance", ".3f"),
         f"{source}: precision / recall": f"{beside('precision', '.2f')} / {beside('recall', '.2f')}",
         f"{source}: copy rate of public images": beside("copy_rate", ".3f"),
         f"{source}: validation loss": f"{figures['validation_loss']:.4f}",
@@ -252,7 +270,9 @@ def _export(stage: ExportStage, run: RunFolder, progress: Progress) -> Result:
     described = {"model": config.model_dump(), "objective": objective.model_dump(), "source": checkpoint.name}
     folder = run.stage_folder(stage.name) / "model"
     write_export(
-        folder, weights, described,
+        folder,
+        weights,
+        described,
         extra_files={
             "privacy_card.json": (json.dumps(card, indent=2) + "\n").encode(),
             "MODEL_CARD.md": model_card(described, card, manifest, run).encode(),
@@ -270,7 +290,8 @@ def _export(stage: ExportStage, run: RunFolder, progress: Progress) -> Result:
         headline["diffusers"] = str(twin)
         outputs.append(twin / DIFFUSERS_WEIGHTS_FILE)
     progress(1, 1)
-    return Result({"parameters": sum(tensor.numel() for tensor in weights.values()), "headline": headline}, tuple(outputs))
+    parameters = sum(tensor.numel() for tensor in weights.values())
+    return Result({"parameters": parameters, "headline": headline}, tuple(outputs))
 
 
 STAGES: dict[type[StageConfig], Callable[[Any, RunFolder, Progress], Result]] = {

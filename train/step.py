@@ -1,7 +1,7 @@
 """One training step, public and private, whatever the sharding: the whole of it is on this page.
 
-A step's records are decided by a pure function of the step; each rank takes its slice of them in microbatches. What chance
-each record meets (timestep, noise, dropped label) is a function of (seed, stage, step, record).
+A step's records are decided by a pure function of the step; each rank takes its slice of them in microbatches. What
+chance each record meets (timestep, noise, dropped label) is a function of (seed, stage, step, record).
 """
 
 # B records of a microbatch, K noise draws a record
@@ -58,13 +58,14 @@ class Batches:
         return records[self.world.rank * size : (self.world.rank + 1) * size]
 
     def of(self, step: int, num_records: int, mine: Batch) -> Iterator[Microbatch]:
-        """This rank's share, padded where the records do not fall evenly; an empty step is one microbatch of padding."""
+        """This rank's share, padded where the records do not fall evenly; an empty step is one padded microbatch."""
         share = -(-num_records // self.world.size)
         count = max(1, -(-share // self.stage.train.microbatch_size))
         size = max(1, -(-share // count))
         for index in range(count):
             part = slice(index * size, (index + 1) * size)
-            yield self._microbatch(step, Batch(*(values[part] for values in mine)), size, last=index == count - 1)
+            records = Batch(mine.indices[part], mine.images[part], mine.labels[part])
+            yield self._microbatch(step, records, size, last=index == count - 1)
 
     def _microbatch(self, step: int, records: Batch, size: int, *, last: bool) -> Microbatch:
         model, objective, num_draws = self.model, self.stage.objective, self.stage.objective.noise_draws

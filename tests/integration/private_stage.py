@@ -45,7 +45,7 @@ def main() -> None:
     for backend in backends:
         folder = base / f"{backend}-{world.size}"
         if world.rank == 0:
-            shutil.copytree(base / "prepared", folder)
+            shutil.copytree(base / "prepared", folder)  # with the id of the run, hence the same name in the ledger
         world.barrier()
         train(stage_for(backend, world.size), RunFolder.open(folder, "digits"), world, fencing_epoch=1)
         world.barrier()

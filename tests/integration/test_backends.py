@@ -13,7 +13,7 @@ from PIL import Image
 
 from checkpointing.sharded import latest
 from privacy.ledger import Ledger, read_ledger
-from privacy.mechanism import Mechanism, Terms
+from privacy.mechanism import Mechanism
 from privacy.secrets import create_key_file, load_master_secret
 from tests.integration.private_stage import STEPS, stage_for
 from train.data import ShardDataset
@@ -30,8 +30,13 @@ WORKER = "tests/integration/private_stage.py"
 def run_workers(base: Path, nproc: int, backends: tuple[str, ...]) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)]
     done = subprocess.run(
-        [*command, WORKER, str(base), *backends], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, check=False, timeout=280,
+        [*command, WORKER, str(base), *backends],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
@@ -51,8 +56,8 @@ def prepare(folder: Path) -> None:
     run = RunFolder.open(folder, "digits")
     generator = np.random.default_rng(0)
     records = (
-        Record(f"r{i:04d}", f"r{i:04d}", encode_png(Image.fromarray(generator.integers(0, 256, (8, 8), dtype=np.uint8))), i % 10, None)
-        for i in range(100)
+        Record(f"r{i:04d}", f"r{i:04d}", encode_png(Image.fromarray(shades)), i % 10, None)
+        for i, shades in enumerate(generator.integers(0, 256, (100, 8, 8), dtype=np.uint8))
     )
     write_shards(run.stage_folder("filter") / "private", "private", records, shard_size=40)
     create_key_file(folder / "secret.key")
@@ -61,7 +66,7 @@ def prepare(folder: Path) -> None:
         folder / "ledger.jsonl", delta=1e-5, unit="record", dataset_root=dataset.root, fencing_epoch=1
     ) as ledger:
         secret = load_master_secret(folder / "secret.key")
-        terms: Terms = mechanism_terms(stage, len(dataset))
+        terms = mechanism_terms(stage, run, len(dataset))
         Mechanism(terms, secret, ledger, lambda value: value, code_version="test", config_sha256=stage.sha256())
 
 
@@ -99,7 +104,8 @@ def test_the_comparison_would_see_another_noise(results: Path) -> None:
 @pytest.mark.parametrize("where", ["single-1", *(f"{b}-2" for b in SHARDED)])
 def test_every_backend_charges_each_step_once(results: Path, where: str) -> None:
     view = read_ledger(results / where / "ledger.jsonl")
-    assert view.stages["finetune_dp"].attempts == dict.fromkeys(range(STEPS), 1)
+    (tally,) = view.stages.values()
+    assert tally.attempts == dict.fromkeys(range(STEPS), 1)
     assert not view.unfinished
 
 

@@ -52,5 +52,5 @@ def test_other_keys_give_unrelated_noise() -> None:
 def test_a_short_key_and_an_unknown_generator_are_refused() -> None:
     with pytest.raises(ValueError, match="32 bytes, this one has 5"):
         noise.gaussian(b"short", 0, 1)
-    with pytest.raises(ValueError, match="'mt19937'.*chacha20, philox"):
+    with pytest.raises(ValueError, match=r"'mt19937'.*chacha20, philox"):
         noise.gaussian(KEY, 0, 1, "mt19937")

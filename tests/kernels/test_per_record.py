@@ -66,7 +66,9 @@ def test_linear_reports_each_record_and_forms_the_weighted_sum(shape: tuple[int,
 def test_a_record_of_weight_zero_leaves_no_trace_of_its_infinities(poison: float) -> None:
     x = draw(3, 4, 5)
     weights_B = torch.tensor([1.0, 0.0, 0.5], dtype=torch.float64)
-    _, clean, _ = private_linear(x.masked_fill(torch.tensor([0, 1, 0], dtype=torch.bool)[:, None, None], 0.0), weights_B)
+    _, clean, _ = private_linear(
+        x.masked_fill(torch.tensor([0, 1, 0], dtype=torch.bool)[:, None, None], 0.0), weights_B
+    )
     poisoned = x.clone()
     poisoned[1] = poison
     _, got, _ = private_linear(poisoned, weights_B)
@@ -92,4 +94,6 @@ def test_frozen_weights_have_no_part_in_the_norm() -> None:
     y = per_record.linear(x, torch.randn(5, 4), bias, row)
     with per_record.norm_pass():
         (report,) = torch.autograd.grad(y.sum(), row)
-    torch.testing.assert_close(report[:-1], torch.full((2,), 5 * 9.0))  # each of 5 outputs sums 3 tokens of gradient one
+    torch.testing.assert_close(
+        report[:-1], torch.full((2,), 5 * 9.0)
+    )  # each of 5 outputs sums 3 tokens of gradient one

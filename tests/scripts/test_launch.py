@@ -2,9 +2,11 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -196,6 +198,29 @@ def test_one_stage_runs_and_its_time_and_attempts_are_in_the_summary(
     summary = json.loads((tmp_path / "x" / "summary.json").read_text())
     assert [attempt["exit_code"] for attempt in summary["attempts"]["ingest"]] == [0]
     assert {"ingest.seconds", "ingest.restarts"} <= {row["name"] for row in summary["rows"]}
+
+
+@pytest.mark.distributed
+def test_ctrl_c_saves_and_the_same_command_goes_on_to_the_end(tmp_path: Path) -> None:
+    shorter = ["train.steps=40", "checkpoint.every=1000", "optim.warmup_steps=0", "log.wandb=disabled"]
+    command = [sys.executable, str(SCRIPT), str(DIGITS), "--run-dir", str(tmp_path / "x"), "--until", "pretrain"]
+    for override in shorter:
+        command += ["--set", f"pretrain.{override}"]
+    progress = tmp_path / "x" / "pretrain" / "progress.jsonl"
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as launch:
+        while not progress.exists():
+            assert launch.poll() is None
+            time.sleep(0.05)
+        launch.send_signal(signal.SIGINT)
+        shown, _ = launch.communicate(timeout=60)
+    assert launch.returncode == 130
+    assert "pretrain: stopped. It goes on from where it was with:" in shown
+    (saved,) = (tmp_path / "x" / "pretrain" / "checkpoints").glob("step-*/MANIFEST.json")
+    assert saved.parent.name < "step-00000040"
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "ingest: finished before, skipped" in done.stdout
+    manifest = RunFolder(tmp_path / "x", "digits").read_manifest("pretrain")
+    assert manifest is not None and manifest["metrics"]["steps"] == 40
 
 
 def test_slurm_gets_a_script_that_runs_the_same_command_on_every_node(

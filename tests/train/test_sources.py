@@ -1,0 +1,361 @@
+import gzip
+import io
+import json
+import struct
+import zlib
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from pydantic import TypeAdapter, ValidationError
+
+from privacy.pii.patterns import detect
+from train.data import ShardDataset
+from train.planted import plant
+from train.shards import Record, ShardError, write_shards
+from train.sources import DIGITS_SPLITS, DigitsSource, FolderPart, SourceConfig, ingest, plain_name
+
+HALVES = {"public": 0.5, "private": 0.5}
+
+
+@dataclass(frozen=True)
+class Config:
+    source: SourceConfig
+    shard_size: int = 100
+    seed: int = 0
+
+
+def config(seed: int = 0, **source: object) -> Config:
+    return Config(TypeAdapter(SourceConfig).validate_python(source), seed=seed)
+
+
+def run(out: Path, settings: Config) -> dict:
+    told: list[tuple[int, int | None]] = []
+    metrics = ingest(settings, out, lambda done, total: told.append((done, total)))
+    kept = sum(split["records"] for split in metrics["splits"].values())
+    assert [done for done, _ in told] == list(range(1, kept + sum(metrics["quarantined"].values()) + 1))
+    return metrics
+
+
+def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind)
+    return out.getvalue()
+
+
+def grey(shade: int, size: int = 8) -> bytes:
+    return encoded(Image.new("L", (size, size), shade))
+
+
+def claiming(width: int, height: int) -> bytes:
+    """A PNG of one pixel whose header speaks of more."""
+    small = encoded(Image.new("1", (1, 1)))
+    header = b"IHDR" + struct.pack(">II", width, height) + small[24:29]
+    return small[:12] + header + struct.pack(">I", zlib.crc32(header)) + small[33:]
+
+
+def all_records(out: Path, metrics: dict) -> dict[str, tuple[str, Record]]:
+    datasets = {split: ShardDataset(out / split, split) for split in metrics["splits"]}
+    return {(r := d.read(n)).key: (split, r) for split, d in datasets.items() for n in range(len(d))}
+
+
+def idx_files(folder: Path, count: int, zipped: bool = False, **header: bytes) -> dict[str, str]:
+    images = np.arange(count * 12, dtype=np.uint8).reshape(count, 3, 4)
+    files = {
+        "images": header.get("images", struct.pack(">4B3I", 0, 0, 8, 3, count, 3, 4)) + images.tobytes(),
+        "labels": header.get("labels", struct.pack(">4BI", 0, 0, 8, 1, count)) + bytes(n % 10 for n in range(count)),
+    }
+    folder.mkdir(exist_ok=True)
+    paths = {name: folder / (name + (".gz" if zipped else "")) for name in files}
+    for name, path in paths.items():
+        path.write_bytes(gzip.compress(files[name]) if zipped else files[name])
+    return {name: str(path) for name, path in paths.items()}
+
+
+def image_folder(folder: Path, count: int = 40) -> Path:
+    for n in range(count):
+        place = folder / ("cats" if n % 2 else "big_dogs") / f"{n}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(grey(n))
+    return folder
+
+
+# digits
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    out = tmp_path_factory.mktemp("digits")
+    return out, run(out, config(kind="digits"))
+
+
+def test_digits_are_all_there_once_in_splits_of_the_promised_sizes(digits: tuple[Path, dict]) -> None:
+    from sklearn.datasets import load_digits
+
+    out, metrics = digits
+    assert {split: told["records"] for split, told in metrics["splits"].items()} == dict(DIGITS_SPLITS)
+    found, truth = all_records(out, metrics), load_digits()
+    assert sorted(found) == [f"digit-{n:04d}" for n in range(1797)]
+    for n in range(0, 1797, 50):
+        _, record = found[f"digit-{n:04d}"]
+        shades = np.asarray(Image.open(io.BytesIO(record.image)))
+        np.testing.assert_array_equal(shades, np.rint(truth.images[n] * 255 / 16))
+        assert record.label == truth.target[n] and record.unit == record.key
+
+
+def test_digits_splits_hold_every_class_in_its_share(digits: tuple[Path, dict]) -> None:
+    out, metrics = digits
+    of_all = Counter(record.label for _, record in all_records(out, metrics).values())
+    for split, size in DIGITS_SPLITS.items():
+        labels = Counter(ShardDataset(out / split, split).labels.tolist())
+        assert all(abs(labels[label] - of_all[label] * size / 1797) < 1.5 for label in range(10)), split
+
+
+def test_only_private_digits_carry_planted_data_and_all_of_it_is_known(digits: tuple[Path, dict]) -> None:
+    out, metrics = digits
+    authors = 0
+    for key, (split, record) in all_records(out, metrics).items():
+        plain = f"a handwritten {record.label}"
+        image = Image.open(io.BytesIO(record.image))
+        if split == "private":
+            planted = plant(plain, 0, key)
+            assert record.caption == planted.caption
+            assert image.info.get("Author") == planted.author
+            authors += bool(image.getexif())
+        else:
+            assert record.caption == plain and detect(plain) == [] and image.info == {}
+    assert 0.15 < authors / DIGITS_SPLITS["private"] < 0.25
+
+
+def test_digits_depend_on_the_seed_alone(digits: tuple[Path, dict], tmp_path: Path) -> None:
+    _, metrics = digits
+    assert run(tmp_path / "again", config(kind="digits")) == metrics
+    other = run(tmp_path / "other", config(seed=1, kind="digits"))
+    assert all(other["splits"][split]["root"] != metrics["splits"][split]["root"] for split in DIGITS_SPLITS)
+
+
+# idx
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_idx_files_are_read_plain_or_zipped(tmp_path: Path, zipped: bool) -> None:
+    train, test = idx_files(tmp_path / "a", 20, zipped), idx_files(tmp_path / "b", 6, zipped)
+    names = tuple(f"thing {n}" for n in range(10))
+    parts = [{**train, "splits": HALVES}, {**test, "splits": {"test": 1}}]
+    metrics = run(tmp_path / "out", config(kind="idx", parts=parts, class_names=names))
+    found = all_records(tmp_path / "out", metrics)
+    assert sorted(found) == [f"0-{n:07d}" for n in range(20)] + [f"1-{n:07d}" for n in range(6)]
+    assert {split for key, (split, _) in found.items() if key.startswith("1-")} == {"test"}
+    _, record = found["0-0000013"]
+    assert (record.label, record.caption) == (3, "thing 3")
+    shades = np.asarray(Image.open(io.BytesIO(record.image)))
+    np.testing.assert_array_equal(shades, np.arange(13 * 12, 14 * 12, dtype=np.uint8).reshape(3, 4))
+
+
+def test_a_class_out_of_range_is_quarantined(tmp_path: Path) -> None:
+    part = {**idx_files(tmp_path / "a", 20), "splits": {"public": 1}}
+    settings = config(kind="idx", parts=[part], class_names=list("012345678"), max_quarantine_fraction=0.1)
+    metrics = run(tmp_path / "out", settings)
+    assert metrics["quarantined"] == {"class_out_of_range": 2}
+    lines = (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"split": "public", "key": f"0-{n:07d}", "reason": "class_out_of_range"} for n in (9, 19)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ({"images": struct.pack(">4B3I", 0, 0, 9, 3, 20, 3, 4)}, "no IDX file of unsigned bytes in 3 dimensions"),
+        ({"images": struct.pack(">4B3I", 0, 0, 8, 3, 21, 3, 4)}, r"its header says \(21, 3, 4\)"),
+        ({"labels": struct.pack(">4BI", 0, 0, 8, 1, 2**32 - 1)}, "its header says"),
+        ({"labels": b"\0\0"}, "no IDX file"),
+    ],
+)
+def test_a_wrong_idx_header_is_named(tmp_path: Path, header: dict[str, bytes], message: str) -> None:
+    part = {**idx_files(tmp_path / "a", 20, **header), "splits": {"public": 1}}
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "out", config(kind="idx", parts=[part]))
+
+
+def test_idx_files_that_are_no_pair_or_missing_or_cut_are_named(tmp_path: Path) -> None:
+    long, short = idx_files(tmp_path / "a", 20), idx_files(tmp_path / "b", 6, zipped=True)
+    mixed = {"images": long["images"], "labels": short["labels"], "splits": {"public": 1}}
+    with pytest.raises(ValueError, match="20 images, .* 6 labels: not a pair"):
+        run(tmp_path / "out", config(kind="idx", parts=[mixed]))
+    Path(short["labels"]).write_bytes(Path(short["labels"]).read_bytes()[:-9])
+    with pytest.raises(ValueError, match="no whole gzip file"):
+        run(tmp_path / "out", config(kind="idx", parts=[{**short, "splits": {"public": 1}}]))
+    Path(long["images"]).unlink()
+    with pytest.raises(ValueError, match=r"images is missing: fetch it \(scripts/fetch_data.py\)"):
+        run(tmp_path / "out", config(kind="idx", parts=[{**long, "splits": {"public": 1}}]))
+
+
+# image_folder
+
+
+def test_an_image_folder_gives_classes_captions_and_untouched_bytes(tmp_path: Path) -> None:
+    folder = image_folder(tmp_path / "images")
+    photo = encoded(Image.new("RGB", (20, 10), "red"), "JPEG")
+    (folder / "cats" / "photo.jpg").write_bytes(photo)
+    (folder / "cats" / "photo.txt").write_text("a red cat\n")
+    (folder / "cats" / "moving.gif").write_bytes(encoded(Image.new("P", (9, 9)), "GIF"))
+    metrics = run(tmp_path / "out", config(kind="image_folder", parts=[{"folder": str(folder), "splits": HALVES}]))
+    assert (metrics["num_classes"], metrics["class_names"]) == (2, ("big_dogs", "cats"))
+    found = all_records(tmp_path / "out", metrics)
+    assert found["0/cats/photo"][1] == Record("0/cats/photo", "0/cats/photo", photo, 1, "a red cat")
+    assert found["0/big_dogs/4"][1].caption == "big dogs" and found["0/big_dogs/4"][1].image == grey(4)
+    assert found["0/cats/moving"][1].image.startswith(b"\x89PNG")
+
+
+def test_images_are_cropped_and_converted_when_a_shape_is_given(tmp_path: Path) -> None:
+    folder = image_folder(tmp_path / "images")
+    part = {"folder": str(folder), "splits": {"public": 1}}
+    run(tmp_path / "out", config(kind="image_folder", parts=[part], image_size=4, channels=3))
+    dataset = ShardDataset(tmp_path / "out" / "public", "public")
+    image = Image.open(io.BytesIO(dataset.read(0).image))
+    assert (image.size, image.mode, image.info) == ((4, 4), "RGB", {})
+
+
+def test_bad_images_are_quarantined_by_reason_and_nothing_of_them_is_told(tmp_path: Path) -> None:
+    folder = image_folder(tmp_path / "images")
+    bad = {
+        "cut": grey(0, 64)[:60],
+        "empty": b"",
+        "words": b"jane@example.org",
+        "large": encoded(Image.new("1", (300, 200))),
+        "bomb": claiming(60_000, 60_000),
+    }
+    for name, content in bad.items():
+        (folder / "cats" / f"{name}.png").write_bytes(content)
+    (folder / "cats" / "1.txt").write_bytes(b"\xff\xfe")
+    part = {"folder": str(folder), "splits": {"public": 1}}
+    settings = {"kind": "image_folder", "parts": [part], "max_pixels": 50_000}
+    metrics = run(tmp_path / "out", config(**settings, max_quarantine_fraction=0.2))
+    assert metrics["quarantined"] == {"bad_caption": 1, "too_many_pixels": 2, "undecodable": 3}
+    assert metrics["splits"]["public"]["records"] == 39
+    told = (tmp_path / "out" / "quarantine.jsonl").read_text()
+    assert {json.loads(line)["key"] for line in told.splitlines()} == {f"0/cats/{name}" for name in (*bad, "1")}
+    assert "jane" not in told
+
+
+def test_too_many_bad_images_fail_the_stage_and_write_no_split(tmp_path: Path) -> None:
+    folder = image_folder(tmp_path / "images", 18)
+    for n in range(2):
+        (folder / "cats" / f"bad{n}.png").write_bytes(b"x")
+    settings = config(kind="image_folder", parts=[{"folder": str(folder), "splits": HALVES}])
+    with pytest.raises(ValueError, match=r"2 of 20 records were quarantined \(undecodable 2\), more than .* 0.05"):
+        run(tmp_path / "out", settings)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["quarantine.jsonl"]
+
+
+def test_an_empty_or_flat_or_missing_folder_is_an_error(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    settings = config(kind="image_folder", parts=[{"folder": str(folder), "splits": {"public": 1}}])
+    with pytest.raises(ValueError, match="is not a folder"):
+        run(tmp_path / "out", settings)
+    folder.mkdir()
+    with pytest.raises(ValueError, match="the image_folder source holds no records"):
+        run(tmp_path / "out", settings)
+    (folder / "loose.png").write_bytes(grey(0))
+    with pytest.raises(ValueError, match=r"holds loose.png outside a class"):
+        run(tmp_path / "out", settings)
+
+
+def test_an_empty_split_is_an_error(tmp_path: Path) -> None:
+    folder = image_folder(tmp_path / "images", 2)
+    part = {"folder": str(folder), "splits": {"public": 0.999, "test": 0.001}}
+    with pytest.raises(ValueError, match="split test has none of 2 records"):
+        run(tmp_path / "out", config(kind="image_folder", parts=[part]))
+    assert not (tmp_path / "out" / "public").exists()
+
+
+def test_two_images_with_one_name_are_an_error(tmp_path: Path) -> None:
+    folder = image_folder(tmp_path / "images", 2)
+    (folder / "cats" / "1.jpg").write_bytes(encoded(Image.new("L", (8, 8)), "JPEG"))
+    with pytest.raises(ValueError, match="'0/cats/1' occurs twice"):
+        run(tmp_path / "out", config(kind="image_folder", parts=[{"folder": str(folder), "splits": {"public": 1}}]))
+
+
+def test_names_that_show_something_become_digests() -> None:
+    assert plain_name("cats/img_0001") == "cats/img_0001"
+    for name in ("jane.roe@example.org", "cats/212-555-0143", "Büro", "a b", "../up"):
+        assert plain_name(name) == plain_name(name) != name
+        assert len(plain_name(name)) == 20 and plain_name(name).isalnum()
+
+
+# webdataset
+
+
+def shards(folder: Path, count: int = 60) -> Path:
+    records = [Record(f"r{n:03d}", f"user{n % 12}", grey(n), n % 3, f"caption {n}") for n in range(count)]
+    write_shards(folder, "old", records, 20)
+    for index in folder.glob("*.jsonl"):
+        index.unlink()
+    return folder
+
+
+def test_existing_shards_are_rewritten_whole_and_a_users_records_stay_together(tmp_path: Path) -> None:
+    folder = shards(tmp_path / "old")
+    part = {"shards": f"{folder}/old-*.tar", "splits": {"public": 0.4, "private": 0.6}}
+    metrics = run(tmp_path / "out", config(kind="webdataset", parts=[part], num_classes=3))
+    found = all_records(tmp_path / "out", metrics)
+    for n in range(60):
+        assert found[f"r{n:03d}"][1] == Record(f"r{n:03d}", f"user{n % 12}", grey(n), n % 3, f"caption {n}")
+    homes = {(record.unit, split) for split, record in found.values()}
+    assert len(homes) == 12
+
+
+def test_a_truncated_foreign_or_missing_tar_is_named(tmp_path: Path) -> None:
+    folder = shards(tmp_path / "old")
+    settings = config(
+        kind="webdataset", num_classes=3, parts=[{"shards": f"{folder}/old-*.tar", "splits": {"public": 1}}]
+    )
+    tar = folder / "old-00001.tar"
+    whole = tar.read_bytes()
+    for content in (whole[:5000], b"PK" + whole[2:], b""):
+        tar.write_bytes(content)
+        with pytest.raises(ShardError, match=r"old-00001.tar"):
+            run(tmp_path / "out", settings)
+        assert not list((tmp_path / "out").glob("*"))
+    for path in folder.iterdir():
+        path.unlink()
+    with pytest.raises(ValueError, match="no shard matches"):
+        run(tmp_path / "out", settings)
+
+
+def test_records_a_tar_cannot_give_are_quarantined(tmp_path: Path) -> None:
+    import tarfile
+
+    folder = shards(tmp_path / "old")
+    with tarfile.open(folder / "old-00003.tar", "w") as tar:
+        for name, content in {"a.cls": b"1", "b.png": grey(0), "b.cls": b"cat", "c.png": grey(0), "c.cls": b"7"}.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    part = {"shards": f"{folder}/old-*.tar", "splits": {"public": 1}}
+    metrics = run(tmp_path / "out", config(kind="webdataset", parts=[part], num_classes=3))
+    assert metrics["quarantined"] == {"bad_class": 1, "class_out_of_range": 1, "no_image": 1}
+
+
+# configuration
+
+
+def test_shares_that_are_not_the_whole_are_refused() -> None:
+    with pytest.raises(ValidationError, match="the shares of splits add up to 0.9: make them 1"):
+        FolderPart(folder="x", splits={"public": 0.5, "test": 0.4})
+    with pytest.raises(ValidationError):
+        TypeAdapter(SourceConfig).validate_python({"kind": "digits", "sed": 1})
+    with pytest.raises(ValidationError, match="frozen"):
+        DigitsSource(kind="digits").max_pixels = 1  # type: ignore[misc]
+
+
+def test_a_units_split_is_its_own_affair_and_shares_come_out_right() -> None:
+    part = FolderPart(folder="x", splits={"public": 0.3, "private": 0.6, "test": 0.1})
+    drawn = Counter(part.split_of(f"unit-{n}", 0) for n in range(20_000))
+    assert abs(drawn["public"] / 20_000 - 0.3) < 0.015 and abs(drawn["test"] / 20_000 - 0.1) < 0.01
+    assert part.split_of("unit-7", 0) == part.split_of("unit-7", 0)
+    assert any(part.split_of(f"unit-{n}", 0) != part.split_of(f"unit-{n}", 1) for n in range(20))
