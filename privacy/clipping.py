@@ -56,8 +56,8 @@ def check_model(model: nn.Module) -> dict[str, PerRecordModule]:
                 owners[parameter] = name
                 layers[module_name] = module
     if problems:
-        listed = "\n  ".join(problems)
-        raise ValueError(f"this model cannot be trained privately:\n  {listed}\nfreeze it or register a norm rule")
+        listed = "; ".join(problems)
+        raise ValueError(f"this model cannot be trained privately: {listed}: freeze it or register a norm rule")
     if not layers:
         raise ValueError("this model has no trainable parameter: unfreeze at least one layer")
     return layers

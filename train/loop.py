@@ -119,7 +119,14 @@ def train(stage: TrainStage, run: RunFolder, world: World, fencing_epoch: int) -
         metrics = log.summary()
         if mechanism is None:
             return Trained(saved, metrics, None)
-        return Trained(saved, metrics | mechanism.summary(), mechanism.statement())
+        return Trained(saved, metrics | mechanism.summary(), _within(run, mechanism.statement()))
+
+
+def _within(run: RunFolder, statement: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The ledger's statement with a path that still holds when the run folder is moved or copied."""
+    if statement is None or not Path(statement["path"]).is_relative_to(run.path):
+        return statement
+    return statement | {"path": str(Path(statement["path"]).relative_to(run.path))}
 
 
 def load_average(run: RunFolder, stage_name: str) -> tuple[DiTConfig, dict[str, torch.Tensor], Path]:

@@ -77,12 +77,14 @@ class ShardWriter:
         shutil.rmtree(self._partial, ignore_errors=True)
         self._partial.mkdir(parents=True)
         self._shards: list[Path] = []
-        self._in_shard: list[tuple[str, dict[str, bytes]]] = []
+        self._open: tuple[IO[bytes], Any] | None = None  # the shard being written, and its TarWriter
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._open is not None:
+            self._open[0].close()
         shutil.rmtree(self._partial, ignore_errors=True)
 
     def add(self, record: Record) -> None:
@@ -92,16 +94,17 @@ class ShardWriter:
         if record.key in self.keys:
             raise ValueError(f"record key {record.key!r} occurs twice in split {self.split}: keys must be unique")
         members = _members(record)
+        if self._open is None:
+            self._open = self._begin_shard()
+        self._open[1].write({"__key__": record.key, **members})
         self.keys.add(record.key)
         self._digests.append(record_digest(record.key, members))
-        self._in_shard.append((record.key, members))
-        if len(self._in_shard) == self.shard_size:
-            self._write_shard()
+        if len(self.keys) % self.shard_size == 0:
+            self._end_shard()
 
     def commit(self) -> ShardSet:
         """Sync everything and put the split in its place. A split without records is an error."""
-        if self._in_shard:
-            self._write_shard()
+        self._end_shard()
         if not self.keys:
             raise ValueError(f"split {self.split} has no records: check the source and its split fractions")
         _sync_folder(self._partial)
@@ -111,19 +114,23 @@ class ShardWriter:
         _sync_folder(self.folder.parent)
         return ShardSet(len(self.keys), size, len(self._shards), root_of(self._digests))
 
-    def _write_shard(self) -> None:
+    def _begin_shard(self) -> tuple[IO[bytes], Any]:
         from webdataset.writer import TarWriter
 
-        shard = self._partial / f"{self.split}-{len(self._shards):05d}.tar"
-        with shard.open("wb") as file:
-            with TarWriter(file, user="", group="", mtime=0, encoder=False) as tar:
-                for key, members in self._in_shard:
-                    tar.write({"__key__": key, **members})
-            file.flush()
-            os.fsync(file.fileno())
-        index_shard(shard)
-        self._shards.append(shard)
-        self._in_shard = []
+        self._shards.append(self._partial / f"{self.split}-{len(self._shards):05d}.tar")
+        file = self._shards[-1].open("wb")
+        return file, TarWriter(file, user="", group="", mtime=0, encoder=False)
+
+    def _end_shard(self) -> None:
+        if self._open is None:
+            return
+        file, tar = self._open
+        tar.close()
+        file.flush()
+        os.fsync(file.fileno())
+        file.close()
+        self._open = None
+        index_shard(self._shards[-1])
 
 
 def write_shards(folder: Path, split: str, records: Iterable[Record], shard_size: int) -> ShardSet:

@@ -252,7 +252,7 @@ def _audit(stage: AuditStage, run: RunFolder, progress: Progress) -> Result:
 def _refuse_false_claims(report: AuditReport) -> None:
     false = [f"{claim.claim}: {claim.evidence}" for claim in report.claims if not claim.holds]
     if false:
-        raise ValueError(f"the audit of {report.run} found {report.verdict}:\n  " + "\n  ".join(false))
+        raise ValueError(f"the audit of {report.run} found that {report.verdict}: {'; '.join(false)}")
 
 
 def _export(stage: ExportStage, run: RunFolder, progress: Progress) -> Result:

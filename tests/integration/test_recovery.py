@@ -1,10 +1,8 @@
 """A rank dies by SIGKILL in the middle of a stage: the launch ends by itself, with every step done and charged."""
 
-import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,37 +12,7 @@ import torch
 from checkpointing.sharded import latest
 from privacy.audit import audit_run
 from privacy.ledger import read_ledger
-
-ROOT = Path(__file__).resolve().parents[2]
-SHORT = (
-    "pretrain.train.steps=40",
-    "pretrain.optim.warmup_steps=5",
-    "pretrain.checkpoint.every=10",
-    "finetune_dp.train.steps=12",
-    "finetune_dp.train.batch_size=32",
-    "finetune_dp.optim.warmup_steps=2",
-    "finetune_dp.checkpoint.every=5",
-    "privacy.replay_steps=6",
-    "log.wandb=disabled",
-)
-STEPS = {"pretrain": 40, "finetune_dp": 12}
-
-
-def launch_command(run: Path, *arguments: str) -> list[str]:
-    settings = [word for setting in SHORT for word in ("--set", setting)]
-    return [
-        sys.executable, "scripts/launch.py", "configs/digits", "--run-dir", str(run), "--nproc", "2", *settings, *arguments
-    ]  # fmt: skip
-
-
-def launch(run: Path, *arguments: str, **environment: str) -> str:
-    done = subprocess.run(
-        launch_command(run, *arguments), cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True,
-        check=False, timeout=250,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    return done.stdout
-
+from tests.integration.short_run import ROOT, STEPS, launch, launch_command
 
 def state(run: Path, stage: str) -> dict[tuple[str, str], torch.Tensor]:
     checkpoint = latest(run / stage / "checkpoints")

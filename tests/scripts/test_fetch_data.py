@@ -26,7 +26,8 @@ def test_emoji_go_to_a_folder_a_category_with_their_names_beside(tmp_path: Path)
     ]  # fmt: skip
     (tmp_path / "package" / "emoji.json").write_text(json.dumps(described))
     assert lay_out_emoji(tmp_path / "package", tmp_path / "ready") == "3 images of 2 emoji in 2 categories"
-    found = {path.relative_to(tmp_path / "ready").as_posix(): path.read_text() for path in (tmp_path / "ready").rglob("*.*")}
+    ready = tmp_path / "ready"
+    found = {path.relative_to(ready).as_posix(): path.read_text() for path in ready.rglob("*.*")}
     assert found == {
         "flags/1f1e7.png": "1f1e7.png", "flags/1f1e7.txt": "bangladesh flag\n",
         "people_body/1f44d.png": "1f44d.png", "people_body/1f44d.txt": "thumbs up\n",
@@ -49,7 +50,9 @@ def test_openclipart_takes_its_captions_from_the_svgs_it_can_read(tmp_path: Path
     assert (tmp_path / "ready" / "animals" / "frog.txt").read_text() == "A frog. by a pond\n"
 
 
-@pytest.mark.parametrize(("name", "client"), [("fashion-mnist", "apt-get"), ("emoji", "npm"), ("openclipart", "apt-get")])
+@pytest.mark.parametrize(
+    ("name", "client"), [("fashion-mnist", "apt-get"), ("emoji", "npm"), ("openclipart", "apt-get")]
+)
 def test_a_missing_client_is_named_and_nothing_is_left(tmp_path: Path, name: str, client: str) -> None:
     cache = tmp_path / "cache"
     command = [sys.executable, str(SCRIPT), name, "--cache", str(cache)]

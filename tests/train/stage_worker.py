@@ -47,6 +47,13 @@ match behaviour:
         if not again:
             time.sleep(60)
         finish()
+    case "loses a peer once":
+        report(3)
+        if not again:
+            if rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            sys.exit("connection reset by peer")
+        finish()
     case "never progresses":
         report(3)
         sys.exit("the disk is on fire")

@@ -184,7 +184,7 @@ def test_a_wrong_idx_header_is_named(tmp_path: Path, header: dict[str, bytes], m
 def test_idx_files_that_are_no_pair_or_missing_or_cut_are_named(tmp_path: Path) -> None:
     long, short = idx_files(tmp_path / "a", 20), idx_files(tmp_path / "b", 6, zipped=True)
     mixed = {"images": long["images"], "labels": short["labels"], "splits": {"public": 1}}
-    with pytest.raises(ValueError, match="20 images, .* 6 labels: not a pair"):
+    with pytest.raises(ValueError, match=r"20 images, .* 6 labels: not a pair"):
         run(tmp_path / "out", config(kind="idx", parts=[mixed]))
     Path(short["labels"]).write_bytes(Path(short["labels"]).read_bytes()[:-9])
     with pytest.raises(ValueError, match="no whole gzip file"):
@@ -332,7 +332,8 @@ def test_records_a_tar_cannot_give_are_quarantined(tmp_path: Path) -> None:
 
     folder = shards(tmp_path / "old")
     with tarfile.open(folder / "old-00003.tar", "w") as tar:
-        for name, content in {"a.cls": b"1", "b.png": grey(0), "b.cls": b"cat", "c.png": grey(0), "c.cls": b"7"}.items():
+        damaged = {"a.cls": b"1", "b.png": grey(0), "b.cls": b"cat", "c.png": grey(0), "c.cls": b"7"}
+        for name, content in damaged.items():
             member = tarfile.TarInfo(name)
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
@@ -345,7 +346,7 @@ def test_records_a_tar_cannot_give_are_quarantined(tmp_path: Path) -> None:
 
 
 def test_shares_that_are_not_the_whole_are_refused() -> None:
-    with pytest.raises(ValidationError, match="the shares of splits add up to 0.9: make them 1"):
+    with pytest.raises(ValidationError, match=r"the shares of splits add up to 0\.9: make them 1"):
         FolderPart(folder="x", splits={"public": 0.5, "test": 0.4})
     with pytest.raises(ValidationError):
         TypeAdapter(SourceConfig).validate_python({"kind": "digits", "sed": 1})

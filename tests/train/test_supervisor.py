@@ -253,6 +253,23 @@ def test_under_torchrun_a_killed_rank_is_seen_and_the_stage_restarted(folder: Pa
 
 
 @pytest.mark.distributed
+def test_under_torchrun_the_killed_rank_is_named_and_not_the_peer_it_brought_down(folder: Path, screen: Screen) -> None:
+    outcome = run("loses a peer once", folder, screen, launcher=TORCHRUN)
+    assert (outcome.status, outcome.restarts) == ("finished", 1)
+    assert outcome.attempts[0].signal == "SIGKILL"
+
+
+@pytest.mark.parametrize(
+    ("exit_codes", "why"),
+    [([1, -9], -9), ([-9, 1, -15], -9), ([1, 2, -9], 2), ([-15, 1], 1), ([-15, 75], 75), ([-15, -15], -15)],
+)
+def test_of_all_ranks_exit_codes_the_telling_one_is_passed_on(exit_codes: list[int], why: int) -> None:
+    from train.torchrun import cause
+
+    assert cause(exit_codes) == why
+
+
+@pytest.mark.distributed
 def test_under_torchrun_a_ranks_refusal_is_still_a_refusal(folder: Path, screen: Screen) -> None:
     outcome = run("refuses", folder, screen, launcher=TORCHRUN)
     assert (outcome.status, outcome.restarts) == ("refused", 0)

@@ -58,7 +58,7 @@ def test_a_malformed_image_is_quarantined() -> None:
 def test_a_policy_for_an_unknown_entity_is_refused_and_the_nearest_named() -> None:
     with pytest.raises(ValidationError, match="no detector finds 'emial'; did you mean 'email'"):
         Policy(captions={"emial": "fill"})
-    with pytest.raises(ValidationError, match="captions.email"):
+    with pytest.raises(ValidationError, match=r"captions\.email"):
         Policy(captions={"email": "blur"})  # type: ignore[dict-item]
 
 

@@ -40,8 +40,8 @@ def png(image: Image.Image | None = None, orientation: int | None = None) -> byt
 
 def jpeg(image: Image.Image | None = None, orientation: int | None = None, **options: object) -> bytes:
     out = io.BytesIO()
-    block = exif(orientation)
-    (image or picture()).save(out, "JPEG", quality=90, exif=block, comment=SECRET, icc_profile=SECRET, xmp=SECRET, **options)
+    told = {"exif": exif(orientation), "comment": SECRET, "icc_profile": SECRET, "xmp": SECRET}
+    (image or picture()).save(out, "JPEG", quality=90, **told, **options)
     return out.getvalue()
 
 

@@ -10,7 +10,7 @@ from privacy.pii.patterns import DETECTORS, ENTITIES, Finding, detect, iban_vali
 FOUND = {
     "email": ["jane.roe+x@example.org", "J_R@sub.example.co", "o'neil@example.net", "a@xn--bcher-kva.xn--p1ai"],
     "phone": ["(212) 555-0143", "212-555-0143", "212.555.0143", "+1 212 555 0143", "+44 20 7946 0958", "+4930901820"],
-    "card": ["4111111111111111", "4111 1111 1111 1111", "5555-5555-5555-4444", "378282246310005", "6011 1111 1111 1117"],
+    "card": ["4111111111111111", "4111 1111 1111 1111", "5555-5555-5555-4444", "378282246310005"],
     "iban": ["DE89370400440532013000", "GB82 WEST 1234 5698 7654 32", "NO93 8601 1117 947", "nl91abna0417164300"],
     "ssn": ["123-45-6789", "899 99 9999", "078-05-1120"],
     "ip": ["192.0.2.255", "0.0.0.0", "2001:db8::1", "::1", "2001:db8:1:2:3:4:5:6", "::ffff:192.0.2.1"],
@@ -103,7 +103,9 @@ def test_every_single_wrong_digit_fails_the_iban_check(place: int, by: int) -> N
     assert iban_valid(iban) and not iban_valid(wrong)
 
 
-@pytest.mark.parametrize("unit", ["a", "a.a@", "1:", "+1 1", "1 ", "1.", "4 ", "DE89 ", "a@a.", "call 1", "(212) ", "é", ":"])
+@pytest.mark.parametrize(
+    "unit", ["a", "a.a@", "1:", "+1 1", "1 ", "1.", "4 ", "DE89 ", "a@a.", "call 1", "(212) ", "é", ":"]
+)
 def test_the_scan_takes_time_in_proportion_to_the_text(unit: str) -> None:
     def seconds(length: int) -> float:
         text = (unit * length)[:length]
