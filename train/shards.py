@@ -8,6 +8,7 @@ with {"unit": ...}. Beside each tar lies `<split>-00000.index.jsonl`, one line a
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -84,7 +85,10 @@ class ShardWriter:
 
     def __exit__(self, *_: object) -> None:
         if self._open is not None:
-            self._open[0].close()
+            file, tar = self._open
+            with contextlib.suppress(OSError):  # a full disk, say: these bytes are thrown away
+                tar.close()
+                file.close()
         shutil.rmtree(self._partial, ignore_errors=True)
 
     def add(self, record: Record) -> None:
