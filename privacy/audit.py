@@ -253,7 +253,7 @@ def _check_dataset(report: AuditReport, view: LedgerView, manifest: Manifest, ma
     """The root of the split that the stage trained on, by the manifest of who wrote it, is the one charged."""
     config = manifest.section("config")
     source, split = config.get("data_from"), config.get("split", "private")
-    written = next((m.section("metrics", "roots").get(split) for m in manifests if m.stage == source), None)
+    written = next((m.section("metrics", "splits", split).get("root") for m in manifests if m.stage == source), None)
     charged = view.opening["dataset_root"]
     report.check(
         f"the ledger is for the data that {manifest.stage} trained on",

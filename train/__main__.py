@@ -16,6 +16,7 @@ import traceback
 from pathlib import Path
 
 from train import check_packages
+from train.processes import follow_supervisor
 from train.run_folder import RunFolder
 from train.supervisor import EXIT_PREEMPTED, EXIT_USER_ERROR
 
@@ -37,6 +38,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_arguments()
+    follow_supervisor()
     try:
         check_packages()
         from train.recipe import load_stage

@@ -45,12 +45,13 @@ def seconds(work: Work) -> float:
 
 def paired_ratio(work: Work, rival: Work, pairs: int = 7) -> float:
     """Median over pairs of work's time over rival's, after one uncounted call of each."""
-    work(), rival()
+    for warm_up in (work, rival):
+        warm_up()
     return statistics.median(seconds(work) / seconds(rival) for _ in range(pairs))
 
 
 def dp() -> list[Row]:
-    """Two-pass clipping over the non-private forward and backward, on a DiT of 16M parameters; noise over torch.randn."""
+    """Two-pass clipping over the non-private forward and backward of a 16M DiT; noise over torch.randn."""
     config = DiTConfig(width=384, depth=6, heads=6, image_size=16, channels=4, patch_size=2, num_classes=10)
     rows: list[Row] = []
     for records, image_size in ((16, 16), (16, 32)):
@@ -124,9 +125,8 @@ def checkpoint(size_bytes: int = 1 << 28) -> list[Row]:
 def data() -> list[Row]:
     """Random reads of verified, decoded records from shards."""
     with tempfile.TemporaryDirectory() as name:
-        records: list[Record] = [
-            item for split, item in digits(DigitsSource(kind="digits"), 0).items if split == "public" and isinstance(item, Record)
-        ]  # fmt: skip
+        items = digits(DigitsSource(kind="digits"), 0).items
+        records = [item for split, item in items if split == "public" and isinstance(item, Record)]
         folder = Path(name) / "public"
         write_shards(folder, "public", records, shard_size=256)
         dataset = ShardDataset(folder, "public")

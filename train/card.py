@@ -69,8 +69,8 @@ def model_card(config: Mapping[str, Any], card: Mapping[str, Any], manifest: Map
     )
     return f"""# Class-conditional diffusion transformer
 
-{model["channels"]} x {model["image_size"]} x {model["image_size"]} images, {model["num_classes"]} classes; DiT of width \
-{model["width"]}, depth {model["depth"]}, {model["heads"]} heads, patches of {model["patch_size"]}. \
+{model["channels"]} x {model["image_size"]} x {model["image_size"]} images, {model["num_classes"]} classes; \
+DiT of width {model["width"]}, depth {model["depth"]}, {model["heads"]} heads, patches of {model["patch_size"]}. \
 The weights are the moving average (EMA) of stage `{manifest["stage"]}` in recipe `{run.recipe}`.
 
 ## Privacy

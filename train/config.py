@@ -257,6 +257,7 @@ class EvalStage(StageConfig):
     init_from: Annotated[tuple[StageName, ...], Field(min_length=1)]
     data_from: StageName
     samples_per_class: Positive
+    reference_images: Positive = 2000  # real images of each split that the figures use, at most
     batch_size: Positive = 250
     sampler: Literal["euler", "heun", "ddim"] = "euler"
     sampler_steps: Positive = 30

@@ -130,7 +130,7 @@ def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
 # --- figures -------------------------------------------------------------------------------------------------------
 
 
-def evaluate(  # noqa: PLR0917  (the six things it compares)
+def evaluate(
     samples: Tensor,
     labels: Tensor,
     reference: Tensor,

@@ -1,4 +1,4 @@
-"""Images from a trained model: a function of weights, labels and a seed; and the exported folder that holds all it takes."""
+"""Images from a trained model, a function of weights, labels and a seed; and the exported folder to load it from."""
 
 from __future__ import annotations
 
@@ -37,15 +37,16 @@ def generate(
     """One image a label, [N, C, H, W] in [-1, 1]. Image n depends on (seed, n, labels[n]) and the weights alone."""
     config = model.config
     shape = (config.channels, config.image_size, config.image_size)
+    device = model.positions.device
     images = []
     for indices in torch.arange(len(labels)).split(batch_size):
-        noise = record_draws(seed, "sample", 0, indices.tolist(), shape, 1).noise
+        noise = record_draws(seed, "sample", 0, indices.tolist(), shape, 1).noise.to(device)
         images.append(
             sample(
                 model,
                 objective,
                 noise,
-                labels[indices],
+                labels[indices].to(device),
                 sampler=sampler,
                 steps=steps,
                 guidance=guidance,
@@ -54,7 +55,7 @@ def generate(
         )
         if progress is not None:
             progress(int(indices[-1]) + 1)
-    return torch.cat(images)
+    return torch.cat(images).cpu()
 
 
 def load_export(folder: Path) -> tuple[DiT, Objective, dict[str, Any]]:

@@ -60,9 +60,22 @@ def architecture(run: RunFolder, stage: TrainStage) -> DiTConfig:
     return DiTConfig(**{key: value for key, value in values.items() if key != "name"})
 
 
-def ledger_path(run: RunFolder, stage: FinetuneStage) -> Path:
-    """The ledger of the stage's private data set."""
-    return Path(stage.privacy.ledger) if stage.privacy.ledger else run.path / "ledger.jsonl"
+def open_split(run: RunFolder, stage: TrainStage) -> ShardDataset:
+    """The split a training stage reads, if it is whole: its root must be the one that its writer's manifest names."""
+    manifest = run.read_manifest(stage.data_from)
+    if manifest is None:
+        raise ValueError(f"stage {stage.name} reads {stage.data_from}, which is not finished: run it first")
+    if stage.split not in manifest["metrics"]["splits"]:
+        known = ", ".join(manifest["metrics"]["splits"])
+        raise ValueError(f"split is {stage.split!r}, but stage {stage.data_from} made {known}")
+    dataset = ShardDataset(run.path / stage.data_from / stage.split, stage.split)
+    written = manifest["metrics"]["splits"][stage.split]["root"]
+    if dataset.root != written:
+        raise ValueError(
+            f"split {stage.split} of {stage.data_from} has root {dataset.root[:19]}.., and its manifest names "
+            f"{written[:19]}..: a shard was changed or lost; restore it, or start a new --run-dir"
+        )
+    return dataset
 
 
 def train(stage: TrainStage, run: RunFolder, world: World, fencing_epoch: int) -> Trained:
@@ -73,7 +86,7 @@ def train(stage: TrainStage, run: RunFolder, world: World, fencing_epoch: int) -
     with ExitStack() as stack:
         stop = stack.enter_context(_stop_on_signal())
         folder = run.stage_folder(stage.name)
-        dataset = ShardDataset(run.path / stage.data_from / stage.split, stage.split)
+        dataset = open_split(run, stage)
         config = architecture(run, stage)
         checkpoint = _newest(folder / CHECKPOINTS, world)
         mechanism = None
@@ -248,7 +261,8 @@ def _open_mechanism(
     resumed: Checkpoint | None,
 ) -> Iterator[Mechanism]:
     """The stage's mechanism, with the ledger open on rank 0 for as long as the context lasts."""
-    privacy, path = stage.privacy, ledger_path(run, stage)
+    privacy, path = stage.privacy, run.ledger_path(stage)
+    assert path is not None
     secret = load_master_secret(Path(privacy.key_file) if privacy.key_file else run.path / "secret.key")
     with ExitStack() as stack:
         ledger = None

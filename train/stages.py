@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from checkpointing.export import DIFFUSERS_WEIGHTS_FILE, ExportError, to_diffusers, write_export
+from models.dit import DiTConfig
 from models.flow import Objective
 from privacy.audit import AuditReport, audit_run
 from train.card import model_card, privacy_card
@@ -25,7 +26,6 @@ from train.config import (
     EvalStage,
     ExportStage,
     FilterStage,
-    FinetuneStage,
     IngestStage,
     StageConfig,
     TrainStage,
@@ -35,7 +35,7 @@ from train.data import ShardDataset
 from train.evaluation import evaluate, image_grid, train_classifier, validation_loss
 from train.filtering import filter_shards
 from train.generation import build, generate
-from train.loop import ledger_path, load_average, train
+from train.loop import load_average, train
 from train.measurements import Row
 from train.metrics import format_mfu
 from train.parallel import World, join_world
@@ -100,8 +100,8 @@ def _together(world: World | None) -> Iterator[None]:
 def _train(stage: TrainStage, run: RunFolder, world: World, fencing_epoch: int | None) -> Result:
     check_batch(stage, world.size)
     if fencing_epoch is None:  # started by hand
-        ledger = ledger_path(run, stage) if isinstance(stage, FinetuneStage) else None
-        fencing_epoch = int(world.broadcast(run.next_fencing_epoch(ledger) if world.rank == 0 else None))
+        epoch = run.next_fencing_epoch(run.ledger_path(stage)) if world.rank == 0 else None
+        fencing_epoch = int(world.broadcast(epoch))
     trained = train(stage, run, world, fencing_epoch)
     if world.rank != 0:
         return Result({})
@@ -134,8 +134,7 @@ def _filter(stage: FilterStage, run: RunFolder, progress: Progress) -> Result:
         "stripped from images": _tally(metrics["metadata"]),
         "dropped or quarantined": _tally(metrics["reasons"]),
     }
-    roots = {name: split["root"] for name, split in metrics["splits"].items()}
-    return Result(metrics | {"roots": roots, "headline": headline}, (folder / "quarantine.jsonl",))
+    return Result(metrics | {"headline": headline}, (folder / "quarantine.jsonl",))
 
 
 def _records(metrics: Mapping[str, Any]) -> dict[str, str]:
@@ -153,14 +152,15 @@ def _eval(stage: EvalStage, run: RunFolder, progress: Progress) -> Result:
     metrics: dict[str, Any] = {"headline": {}, "rows": []}
     outputs: list[Path] = []
     classifier = None
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for place, source in enumerate(stage.init_from):
         config, weights, _ = load_average(run, source)
-        public, public_labels = _whole(ShardDataset(data / "public", "public"), config.channels, config.image_size)
-        test, test_labels = _whole(ShardDataset(data / "test", "test"), config.channels, config.image_size)
+        public, public_labels = _images(data, "public", stage.reference_images, config)
+        test, test_labels = _images(data, "test", stage.reference_images, config)
         if classifier is None:
             progress(0, None, "training the classifier on the public half")
             classifier = train_classifier(public, public_labels, stage.seed)
-        model, objective = build(config, weights), objective_of(run, source)
+        model, objective = build(config, weights).to(device), objective_of(run, source)
         labels = torch.arange(config.num_classes).repeat_interleave(stage.samples_per_class)
         total, done = len(labels) * len(stage.init_from), len(labels) * place
         samples = generate(
@@ -204,8 +204,11 @@ def objective_of(run: RunFolder, stage_name: str) -> Objective:
     return Objective(prediction=section["prediction"], timesteps=section["timesteps"])
 
 
-def _whole(dataset: ShardDataset, channels: int, image_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return dataset.batch(np.arange(len(dataset)), channels, image_size)
+def _images(data: Path, split: str, limit: int, config: DiTConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images and labels of a split: all of them, or `limit` spread evenly over it."""
+    dataset = ShardDataset(data / split, split)
+    chosen = np.linspace(0, len(dataset) - 1, min(limit, len(dataset))).astype(np.int64)
+    return dataset.batch(chosen, config.channels, config.image_size)
 
 
 def _grid(samples: torch.Tensor, per_class: int, path: Path, title: str) -> Path:

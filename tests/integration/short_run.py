@@ -22,9 +22,8 @@ STEPS = {"pretrain": 40, "finetune_dp": 12}
 
 def launch_command(run: Path, *arguments: str) -> list[str]:
     settings = [word for setting in SHORT for word in ("--set", setting)]
-    return [
-        sys.executable, "scripts/launch.py", "configs/digits", "--run-dir", str(run), "--nproc", "2", *settings, *arguments
-    ]  # fmt: skip
+    base = [sys.executable, "scripts/launch.py", "configs/digits", "--run-dir", str(run), "--nproc", "2"]
+    return [*base, *settings, *arguments]
 
 
 def launch(run: Path, *arguments: str, **environment: str) -> str:

@@ -19,7 +19,8 @@ from tests.integration.private_stage import STEPS, stage_for
 from train.data import ShardDataset
 from train.images import encode_png
 from train.loop import mechanism_terms
-from train.run_folder import RunFolder
+from train.recipe import load_stage
+from train.run_folder import RunFolder, now
 from train.shards import Record, write_shards
 
 SHARDED = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
@@ -59,7 +60,10 @@ def prepare(folder: Path) -> None:
         Record(f"r{i:04d}", f"r{i:04d}", encode_png(Image.fromarray(shades)), i % 10, None)
         for i, shades in enumerate(generator.integers(0, 256, (100, 8, 8), dtype=np.uint8))
     )
-    write_shards(run.stage_folder("filter") / "private", "private", records, shard_size=40)
+    written = write_shards(run.stage_folder("filter") / "private", "private", records, shard_size=40)
+    filtered = load_stage(ROOT / "configs/digits/20_filter.yaml")
+    metrics = {"splits": {"private": {"root": written.root}}}
+    run.write_manifest(filtered, inputs={}, started=now(), seconds=0.0, metrics=metrics, outputs={})
     create_key_file(folder / "secret.key")
     stage, dataset = stage_for("single", 1), ShardDataset(folder / "filter" / "private", "private")
     with Ledger.open(

@@ -83,7 +83,10 @@ save_file({{"images": generate(model, objective, torch.arange(10), **{settings})
     out = tmp_path / "images.safetensors"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     subprocess.run(
-        [sys.executable, "-c", code, str(finished / "export" / "model"), str(out)], env=environment, check=True, timeout=60
+        [sys.executable, "-c", code, str(finished / "export" / "model"), str(out)],
+        env=environment,
+        check=True,
+        timeout=60,
     )
     assert torch.equal(load_file(out)["images"], expected)
 

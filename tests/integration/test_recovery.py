@@ -14,6 +14,7 @@ from privacy.audit import audit_run
 from privacy.ledger import read_ledger
 from tests.integration.short_run import ROOT, STEPS, launch, launch_command
 
+
 def state(run: Path, stage: str) -> dict[tuple[str, str], torch.Tensor]:
     checkpoint = latest(run / stage / "checkpoints")
     assert checkpoint is not None
@@ -41,7 +42,10 @@ def copy_of_inputs(unbroken: Path, run: Path, *stages: str) -> None:
 def test_pretraining_killed_in_mid_step_ends_bit_identical(unbroken: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     copy_of_inputs(unbroken, run, "ingest", "filter")
-    failpoint = {"SFUMATO_FAILPOINT": "step.computed@rank=1,step=27", "SFUMATO_FAILPOINT_ONCE": str(tmp_path / "killed")}
+    failpoint = {
+        "SFUMATO_FAILPOINT": "step.computed@rank=1,step=27",
+        "SFUMATO_FAILPOINT_ONCE": str(tmp_path / "killed"),
+    }
     said = launch(run, "--until", "pretrain", **failpoint)
     assert (tmp_path / "killed").exists(), "the failpoint was never reached, so nothing was tested"
     assert "attempt 1 died" in said
@@ -103,7 +107,12 @@ def test_a_lost_ledger_stops_the_resume(unbroken: Path, tmp_path: Path) -> None:
     (run / "finetune_dp" / "manifest.json").unlink()
     (run / "ledger.jsonl").unlink()
     done = subprocess.run(
-        launch_command(run, "--until", "finetune_dp"), cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
+        launch_command(run, "--until", "finetune_dp"),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
     )
     assert done.returncode != 0
     assert "restore the ledger" in done.stdout + done.stderr

@@ -41,7 +41,7 @@ def exact_gaussian_epsilon(noise: float, delta: float) -> float:
         (18.35, 4096 / 60000, 4394, 1e-5, None, 1.0),
     ],
 )
-def test_epsilon_is_the_golden_value(  # noqa: PLR0917
+def test_epsilon_is_the_golden_value(
     noise: float, rate: float, steps: int, delta: float, pld: float | None, rdp: float | None
 ) -> None:
     counts = [(sampled(rate, noise), steps)]

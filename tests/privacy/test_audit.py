@@ -72,7 +72,9 @@ def train_privately(run: Path, replay: int | None = None, die_at: int | None = N
 def public_run(tmp_path: Path) -> Path:
     run = tmp_path / "run"
     write_manifest(run, "ingest", "ingest")
-    write_manifest(run, "filter", "filter", ("ingest",), metrics={"roots": {"private": PRIVATE_ROOT, "public": "p"}})
+    write_manifest(
+        run, "filter", "filter", ("ingest",), metrics={"splits": {"private": {"root": PRIVATE_ROOT, "public": "p"}}}
+    )
     return run
 
 

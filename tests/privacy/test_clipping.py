@@ -135,7 +135,7 @@ def test_layers_without_a_norm_rule_are_refused_by_name() -> None:
 def test_tied_weights_are_refused() -> None:
     model = nn.ModuleDict({"embed": Embedding(10, 4), "head": Linear(4, 10, bias=False)})
     model["head"].weight = model["embed"].weight
-    with pytest.raises(ValueError, match="tied to embed.weight"):
+    with pytest.raises(ValueError, match=r"tied to embed\.weight"):
         check_model(model)
 
 

@@ -58,9 +58,7 @@ def test_what_goes_in_is_kept_or_dropped_or_quarantined_and_listed(tmp_path: Pat
         Record("d", "user", png(), None, None),
     ]
     write_shards(tmp_path / "in" / "private", "private", records, 2)
-    metrics = filter_shards(
-        tmp_path / "in", tmp_path / "out", ["private"], Policy(captions={"card": "drop"}), silent
-    )
+    metrics = filter_shards(tmp_path / "in", tmp_path / "out", ["private"], Policy(captions={"card": "drop"}), silent)
     told = metrics["splits"]["private"]
     assert (told["in"], told["kept"], told["dropped"], told["quarantined"], told["records"]) == (4, 2, 1, 1, 2)
     assert metrics["reasons"] == {"holds_card": 1, "malformed_png": 1}

@@ -115,5 +115,3 @@ def test_the_scan_takes_time_in_proportion_to_the_text(unit: str) -> None:
 
     seconds(1000)
     assert seconds(40_000) < 2.0  # a quadratic scan takes minutes
-
-
