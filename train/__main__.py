@@ -62,7 +62,7 @@ def _exit_status(error: Exception) -> int:
     if isinstance(error, ValueError):  # what we raise for the user; everything else is a failure worth a restart
         if os.environ.get("SFUMATO_TRACEBACK"):
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.stderr.write(f"error: {error}\n")  # one write: ranks share the log
         return EXIT_USER_ERROR
     traceback.print_exc()
     return 1

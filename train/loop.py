@@ -65,11 +65,11 @@ def open_split(run: RunFolder, stage: TrainStage) -> ShardDataset:
     manifest = run.read_manifest(stage.data_from)
     if manifest is None:
         raise ValueError(f"stage {stage.name} reads {stage.data_from}, which is not finished: run it first")
-    if stage.split not in manifest["metrics"]["splits"]:
-        known = ", ".join(manifest["metrics"]["splits"])
-        raise ValueError(f"split is {stage.split!r}, but stage {stage.data_from} made {known}")
+    splits = manifest["metrics"].get("splits", {})
+    if stage.split not in splits:
+        raise ValueError(f"split is {stage.split!r}, but stage {stage.data_from} made {', '.join(splits) or 'none'}")
     dataset = ShardDataset(run.path / stage.data_from / stage.split, stage.split)
-    written = manifest["metrics"]["splits"][stage.split]["root"]
+    written = splits[stage.split]["root"]
     if dataset.root != written:
         raise ValueError(
             f"split {stage.split} of {stage.data_from} has root {dataset.root[:19]}.., and its manifest names "

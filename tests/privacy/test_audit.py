@@ -54,7 +54,8 @@ def train_privately(run: Path, replay: int | None = None, die_at: int | None = N
             if step == die_at:
                 return
             ledger.done(charge, "keyed")
-        statement = {"path": str(ledger.path), "head": ledger.head, "charges": ledger.num_charges}
+        statement: dict[str, Any] = {"path": str(ledger.path), "head": ledger.head, "charges": ledger.num_charges}
+        statement["stage"] = "finetune_dp"
         spent = epsilon(ledger.counts(), 1e-5)
     write_manifest(
         run,

@@ -64,7 +64,8 @@ match behaviour:
         commit(step)
         sys.exit(1)
     case "refuses":
-        print("error: 40_finetune_dp.yaml: privacy.target_epsilon is 1, but 1.2 is spent", file=sys.stderr)
+        # one write, as train/__main__.py does: ranks share the log
+        sys.stderr.write("error: 40_finetune_dp.yaml: privacy.target_epsilon is 1, but 1.2 is spent\n")
         sys.exit(2)
     case "ends without a manifest":
         sys.exit(0)
