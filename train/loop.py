@@ -88,7 +88,10 @@ def train(stage: TrainStage, run: RunFolder, world: World, fencing_epoch: int) -
         folder = run.stage_folder(stage.name)
         dataset = open_split(run, stage)
         config = architecture(run, stage)
+        _require_classes(dataset, config)
         checkpoint = _newest(folder / CHECKPOINTS, world)
+        if checkpoint is not None:
+            _require_same_config(checkpoint, stage)
         mechanism = None
         if isinstance(stage, FinetuneStage):
             mechanism = stack.enter_context(_open_mechanism(stage, run, world, dataset, fencing_epoch, checkpoint))
@@ -100,7 +103,8 @@ def train(stage: TrainStage, run: RunFolder, world: World, fencing_epoch: int) -
             stage.parallel,
             stage.optim,
             microbatch_size=stage.train.microbatch_size,
-            bf16=stage.train.precision == "bf16",
+            # A private stage computes in bf16 on fp32 weights, so that clipped gradients are summed in fp32 throughout.
+            bf16=stage.train.precision == "bf16" and mechanism is None,
             max_grad_norm=stage.train.max_grad_norm,
         )
         average = ExponentialMovingAverage(backend, stage.optim.ema_decay)
@@ -296,6 +300,21 @@ def _require_ledger_of(checkpoint: Checkpoint, path: Path) -> None:
         raise LedgerError(
             f"{checkpoint.folder} was charged to a ledger that held {head[:12]}.., and {path} does not: "
             "restore the ledger; without it nobody can say what these weights have cost"
+        )
+
+
+def _require_classes(dataset: ShardDataset, config: DiTConfig) -> None:
+    beyond = int(dataset.labels.max(initial=-1))
+    if beyond >= config.num_classes:
+        raise ValueError(f"split {dataset.split} holds class {beyond}, but model.num_classes is {config.num_classes}")
+
+
+def _require_same_config(checkpoint: Checkpoint, stage: TrainStage) -> None:
+    saved = checkpoint.state["config_sha256"]
+    if saved != stage.sha256():
+        raise ValueError(
+            f"stage {stage.name} is half done under another configuration ({saved[:12]}.., now {stage.sha256()[:12]}..): "
+            f"set it back, or give another --run-dir (its checkpoints: {checkpoint.folder.parent})"
         )
 
 

@@ -30,7 +30,7 @@ from train.randomness import record_draws
 Draw = NDArray[np.int64]
 
 
-class NonFiniteLoss(ArithmeticError):
+class NonFiniteLoss(ValueError):
     """The public loss is inf or NaN: the weights before this step are still good, those after it would not be."""
 
 
@@ -118,7 +118,7 @@ class PublicStep:
         failpoint("step.computed", step=step)
         loss = float(world.sum(loss))
         if not np.isfinite(loss):
-            raise NonFiniteLoss(f"the loss of {self.stage.name} is {loss} at step {step}: lower optim.learning_rate")
+            raise NonFiniteLoss(f"the loss of {self.stage.name} is {loss} at step {step}: lower optim.learning_rate, or raise optim.warmup_steps")
         self.backend.update(learning_rate(self.stage.optim, step, self.stage.train.steps))
         self.average.update(step + 1)
         return StepReport(loss, size)

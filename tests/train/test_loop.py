@@ -1,0 +1,111 @@
+"""The training loop in one process, on a few invented images: what it resumes, what it refuses, what it must not change."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from checkpointing.sharded import latest
+from train.images import encode_png
+from train.loop import train
+from train.parallel import join_world
+from train.recipe import load_stage
+from train.run_folder import RunFolder, now
+from train.shards import Record, write_shards
+from train.step import NonFiniteLoss
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = (
+    "model={name: dit, width: 32, depth: 2, heads: 2, image_size: 8, channels: 1, patch_size: 2, num_classes: 10}",
+    "train.steps=4",
+    "train.batch_size=12",
+    "train.microbatch_size=12",
+    "optim.warmup_steps=0",
+    "checkpoint.every=2",
+    "log.every=1",
+    "log.wandb=disabled",
+    "parallel={backend: single, nproc: 1}",
+)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    folder = RunFolder.open(tmp_path / "run", "digits")
+    shades = np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8)
+    records = (Record(f"r{i}", f"r{i}", encode_png(Image.fromarray(shades[i])), i % 10, None) for i in range(40))
+    written = write_shards(folder.stage_folder("filter") / "public", "public", records, shard_size=16)
+    config = load_stage(ROOT / "configs/digits/20_filter.yaml")
+    metrics = {"splits": {"public": {"root": written.root}}}
+    folder.write_manifest(config, inputs={}, started=now(), seconds=0.0, metrics=metrics, outputs={})
+    return folder
+
+
+def pretrain(run: RunFolder, *overrides: str) -> dict[tuple[str, str], torch.Tensor]:
+    """Run the stage and return everything its last checkpoint holds."""
+    stage = load_stage(ROOT / "configs/digits/30_pretrain.yaml", [*SMALL, *overrides])
+    train(stage, run, join_world(), fencing_epoch=1)
+    checkpoint = latest(run.path / "pretrain" / "checkpoints")
+    assert checkpoint is not None
+    return {key: checkpoint.read(*key) for key in checkpoint.tensors()}
+
+
+def again(run: RunFolder, tmp_path: Path, name: str) -> RunFolder:
+    """Another run on the same shards."""
+    other = RunFolder.open(tmp_path / name, "digits")
+    (other.path / "filter").symlink_to(run.path / "filter")
+    return other
+
+
+def furthest(first: dict, second: dict) -> float:
+    return max(float((first[key] - second[key]).abs().max()) for key in first if key[0] == "param")
+
+
+def test_microbatches_add_up_to_the_batch(run: RunFolder, tmp_path: Path) -> None:
+    whole = pretrain(run)
+    parts = pretrain(again(run, tmp_path, "parts"), "train.microbatch_size=3")
+    other = pretrain(again(run, tmp_path, "other"), "train.seed=9")
+    assert furthest(whole, parts) < 1e-5
+    assert furthest(whole, other) > 1e-3
+
+
+def test_activation_checkpointing_changes_nothing(run: RunFolder, tmp_path: Path) -> None:
+    recomputed = "parallel={backend: single, nproc: 1, activation_checkpointing: true}"
+    assert furthest(pretrain(run), pretrain(again(run, tmp_path, "recomputed"), recomputed)) < 1e-6
+
+
+def test_bf16_stays_near_fp32_and_keeps_fp32_weights(run: RunFolder, tmp_path: Path) -> None:
+    full, half = pretrain(run), pretrain(again(run, tmp_path, "half"), "train.precision=bf16")
+    assert 0 < furthest(full, half) < 2e-2
+
+
+def test_a_half_done_stage_is_not_resumed_under_another_configuration(run: RunFolder) -> None:
+    pretrain(run)
+    with pytest.raises(ValueError, match="half done under another configuration"):
+        pretrain(run, "optim.learning_rate=1e-4")
+
+
+def test_a_half_done_stage_is_resumed_with_another_microbatch(run: RunFolder) -> None:
+    pretrain(run)
+    pretrain(run, "train.microbatch_size=3")
+
+
+def test_a_class_the_model_does_not_have_is_refused(run: RunFolder) -> None:
+    with pytest.raises(ValueError, match=r"holds class 9, but model\.num_classes is 7"):
+        pretrain(run, SMALL[0].replace("num_classes: 10", "num_classes: 7"))
+
+
+def test_a_split_that_was_changed_after_its_manifest_is_refused(run: RunFolder) -> None:
+    folder = run.path / "filter" / "public"
+    for name in ("public-00002.tar", "public-00002.index.jsonl"):
+        (folder / name).unlink()
+    with pytest.raises(ValueError, match="a shard was changed or lost"):
+        pretrain(run)
+
+
+def test_a_loss_that_explodes_stops_the_stage_before_the_weights_do(run: RunFolder) -> None:
+    with pytest.raises(NonFiniteLoss, match=r"lower optim\.learning_rate"):
+        pretrain(run, "optim.learning_rate=1e30", "train.steps=12")
+    saved = latest(run.path / "pretrain" / "checkpoints")
+    assert saved is None or all(saved.read(*key).isfinite().all() for key in saved.tensors() if key[0] == "param")
