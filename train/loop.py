@@ -313,7 +313,7 @@ def _require_same_config(checkpoint: Checkpoint, stage: TrainStage) -> None:
     saved = checkpoint.state["config_sha256"]
     if saved != stage.sha256():
         raise ValueError(
-            f"stage {stage.name} is half done under another configuration ({saved[:12]}.., now {stage.sha256()[:12]}..): "
+            f"stage {stage.name} is half done under another configuration ({saved[:8]}.., not {stage.sha256()[:8]}..): "
             f"set it back, or give another --run-dir (its checkpoints: {checkpoint.folder.parent})"
         )
 

@@ -27,6 +27,7 @@ from typing import Any
 
 from blake3 import blake3
 
+from checkpointing.store import sync_folder
 from train import ROOT
 from train.config import FinetuneStage, StageConfig, identity_of
 from train.recipe import differing_key
@@ -204,11 +205,7 @@ def write_json(path: Path, value: Any) -> None:
     except BaseException:
         Path(aside).unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(path.parent)
 
 
 def digest_file(path: Path) -> str:

@@ -21,6 +21,7 @@ from typing import IO, Any, Self
 
 from blake3 import blake3
 
+from checkpointing.store import sync_folder
 from train.images import stored_extension
 
 KEY = re.compile(r"[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*")
@@ -111,11 +112,11 @@ class ShardWriter:
         self._end_shard()
         if not self.keys:
             raise ValueError(f"split {self.split} has no records: check the source and its split fractions")
-        _sync_folder(self._partial)
+        sync_folder(self._partial)
         size = sum(shard.stat().st_size for shard in self._shards)
         shutil.rmtree(self.folder, ignore_errors=True)
         self._partial.rename(self.folder)
-        _sync_folder(self.folder.parent)
+        sync_folder(self.folder.parent)
         return ShardSet(len(self.keys), size, len(self._shards), root_of(self._digests))
 
     def _begin_shard(self) -> tuple[IO[bytes], Any]:
@@ -310,11 +311,3 @@ def _members(record: Record) -> dict[str, bytes]:
     if record.unit != record.key:
         members["json"] = json.dumps({"unit": record.unit}).encode("ascii")
     return members
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

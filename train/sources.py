@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from checkpointing.store import write_durably
 from privacy.pii.patterns import detect
 from train.images import MAX_PIXELS, ImageError, encode_png, open_image, stored_extension
 from train.planted import author_metadata, plant
@@ -174,15 +175,11 @@ class Quarantine:
         return dict(sorted(Counter(line["reason"] for line in self.lines).items()))
 
     def write(self, folder: Path) -> Path:
-        """Write `quarantine.jsonl`, aside and renamed."""
+        """Write `quarantine.jsonl`, durably."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "quarantine.jsonl"
-        aside = path.with_name(path.name + ".partial")
-        with aside.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(line, sort_keys=True) + "\n" for line in self.lines)
-            file.flush()
-            os.fsync(file.fileno())
-        return aside.rename(path)
+        write_durably(path, "".join(json.dumps(line, sort_keys=True) + "\n" for line in self.lines).encode())
+        return path
 
 
 def ingest(config: IngestConfig, out_dir: Path, progress: Callable[[int, int | None], None]) -> dict[str, Any]:

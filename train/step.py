@@ -118,7 +118,10 @@ class PublicStep:
         failpoint("step.computed", step=step)
         loss = float(world.sum(loss))
         if not np.isfinite(loss):
-            raise NonFiniteLoss(f"the loss of {self.stage.name} is {loss} at step {step}: lower optim.learning_rate, or raise optim.warmup_steps")
+            raise NonFiniteLoss(
+                f"the loss of {self.stage.name} is {loss} at step {step}: "
+                "lower optim.learning_rate, or raise optim.warmup_steps"
+            )
         self.backend.update(learning_rate(self.stage.optim, step, self.stage.train.steps))
         self.average.update(step + 1)
         return StepReport(loss, size)

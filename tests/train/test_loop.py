@@ -1,4 +1,4 @@
-"""The training loop in one process, on a few invented images: what it resumes, what it refuses, what it must not change."""
+"""The training loop in one process, on a few invented images: what it resumes, and what it refuses."""
 
 from pathlib import Path
 
