@@ -127,12 +127,9 @@ def _require_pass() -> _NormPass | _ClippedPass:
     return _active
 
 
-def _weighted(active: _ClippedPass, g_BND: Tensor) -> Tensor:
-    g_BND = _at_least_fp32(g_BND) * active.weights_B[:, None, None]
-    return _without_excluded(active, g_BND)
-
-
-def _without_excluded(active: _ClippedPass, x_BND: Tensor) -> Tensor:
+def _included(active: _ClippedPass, x_BND: Tensor) -> Tensor:
+    """In fp32, with the rows of excluded records at zero."""
+    x_BND = _at_least_fp32(x_BND)
     return x_BND.masked_fill(active.excluded_B[:, None, None], 0.0) if active.any_excluded else x_BND
 
 
@@ -159,13 +156,17 @@ class _Linear(torch.autograd.Function):
             if needs_bias:
                 squared_B = squared_B + _at_least_fp32(g_BND).sum(1).square().sum(1)
             return grad_x, None, None, _report(norm_row, squared_B)
-        g_BND = _weighted(active, g_BND)
+        x_BNP, g_BND = _included(active, x_BNP), _included(active, g_BND)
         grad_weight = grad_bias = None
-        if needs_weight:
-            x_BNP = _without_excluded(active, _at_least_fp32(x_BNP))
-            grad_weight = (g_BND.flatten(0, 1).mT @ x_BNP.flatten(0, 1)).to(weight.dtype)
         if needs_bias:
-            grad_bias = g_BND.sum((0, 1)).to(weight.dtype)
+            grad_bias = (active.weights_B.to(g_BND.dtype) @ g_BND.sum(1)).to(weight.dtype)
+        if needs_weight:
+            weights_B11 = active.weights_B[:, None, None]
+            if x_BNP.shape[2] < g_BND.shape[2]:  # weigh the smaller factor
+                x_BNP = x_BNP * weights_B11
+            else:
+                g_BND = g_BND * weights_B11
+            grad_weight = (g_BND.flatten(0, 1).mT @ x_BNP.flatten(0, 1)).to(weight.dtype)
         return grad_x, grad_weight, grad_bias, None
 
 
@@ -184,7 +185,7 @@ class _Embedding(torch.autograd.Function):
         g_BND = _by_record(grad_y, num_records)
         if isinstance(active, _NormPass):
             return None, None, _report(norm_row, embedding_squared_norms(indices.reshape(num_records, -1), g_BND))
-        g_BND = _weighted(active, g_BND)
+        g_BND = _included(active, g_BND) * active.weights_B[:, None, None]
         grad_weight = g_BND.new_zeros(ctx.weight_shape)
         grad_weight.index_add_(0, indices.reshape(-1), g_BND.flatten(0, 1))
         return None, grad_weight.to(ctx.weight_dtype), None
