@@ -1,58 +1,77 @@
 """Layer operations that can tell each record's share of a gradient.
 
-A layer given a `norm_row` takes part in differentially private training. Its backward does one of two things:
+A layer with a `site` takes part in differentially private training. In its forward it is an ordinary layer; in its
+backward it forms the factors of each record's gradient (`kernels.ghost_norm`) and hands them to the `Pass` that is
+active, which alone decides what becomes of them: norms, a clip-weighted sum, or nothing yet. Outside a pass its
+backward refuses to run, so that no unclipped gradient can come out of a private model by accident. Without a `site` the
+operations are the plain ones of torch.
 
-- in a `norm_pass` it hands gradients on to its input and reports, as the gradient of `norm_row`, each record's squared
-  gradient norm over the layer's own parameters; it forms no weight gradient;
-- in a `clipped_pass` it forms the weight gradients of the *weighted* sum of records, and reports nothing.
-
-Outside both it refuses to run backward, so that no unclipped gradient can come out of a private model by accident.
-Without a `norm_row` the operations are the plain ones of torch.
-
-Source: norms by Gram matrices, Goodfellow 2015 (arXiv:1510.01799) and Li et al. 2022 (arXiv:2110.05679, Eq. 3); the
-second pass with weights per record, Lee and Kifer 2021 (arXiv:2009.03106).
+A new kind of layer is a `Rule`: its forward, the gradient of its input, and the factors of its parameters' gradients.
 """
 
-# B records, K rows a record (noise multiplicity), N tokens, P input features, D output features
+# B records, K rows a record (noise multiplicity), N tokens, P input features, D output features, G convolution groups
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.ghost_norm import ExpertOuterProducts, OuterProducts, PerRecordGradient, RowSums, TokenSum
+
+Gradients = Mapping[str, PerRecordGradient]  # by the parameter's name in the layer
+Shapes = Mapping[str, torch.Size]
+
+
+@dataclass(eq=False)
+class Use:
+    """One use of a layer's parameters in one forward."""
+
+    site: Site
+    parameters: tuple[str, ...]  # the trainable ones, by their names in the layer
+    kept: Gradients | None = None  # once a pass has kept them, later passes need no gradient of the output
+
+
+@dataclass(eq=False)
+class Site:
+    """A layer's place in the step under way; whoever clips gives it to the layer before a forward."""
+
+    name: str
+    num_records: int
+    anchor: Tensor  # a scalar that requires grad: autograd then visits the layer, whatever its input
+    uses: list[tuple[Use, Tensor]] = field(default_factory=list["tuple[Use, Tensor]"])  # each with its output
+
+    def by_record(self, x: Tensor) -> Tensor:
+        """Rows of shape (B*K, ..., F) as (B, tokens of the record, F): the K rows of a record stand together."""
+        return x.reshape(self.num_records, -1, x.shape[-1])
+
 
 class PerRecordModule(nn.Module):
-    """A layer that reports per-record norms of all its own parameters through `norm_row`.
+    """A layer that uses its own parameters through the operations of this file only, and gives them its `site`."""
 
-    `norm_row` has B + 1 entries: B squared norms and a counter of the reports made. It is set before a private forward
-    and is None otherwise.
-    """
-
-    norm_row: Tensor | None = None
+    site: Site | None = None
 
 
-class _NormPass:
-    pass
+class Pass(ABC):
+    """What a backward does at each use of a private layer's parameters."""
 
-
-class _ClippedPass:
-    def __init__(self, weights_B: Tensor) -> None:
-        self.weights_B = weights_B
-        # A record of weight zero must leave no trace even where its activations are inf or NaN (0 * inf is NaN).
-        self.excluded_B = weights_B == 0
-        self.any_excluded = bool(self.excluded_B.any())
+    @abstractmethod
+    def visit(self, use: Use, gradients: Gradients) -> Mapping[str, Tensor]:
+        """What autograd is to accumulate into each parameter of `use`; nothing for those left out."""
 
 
 # Process-wide, not thread-local: autograd runs CUDA backwards on threads of its own.
-_active: _NormPass | _ClippedPass | None = None
+_active: Pass | None = None
 
 
 @contextmanager
-def _activate(new: _NormPass | _ClippedPass) -> Iterator[None]:
+def activate(new: Pass) -> Iterator[None]:
+    """Let `new` see every private layer's backward within the context."""
     global _active  # noqa: PLW0603
     if _active is not None:
         raise RuntimeError("a per-record pass is already active: passes do not nest")
@@ -63,129 +82,222 @@ def _activate(new: _NormPass | _ClippedPass) -> Iterator[None]:
         _active = None
 
 
-def norm_pass():
-    """Context in which backward reports squared per-record norms into each layer's `norm_row`."""
-    return _activate(_NormPass())
+class Rule(ABC):
+    """How one kind of layer computes, and how its parameters' gradients fall apart into records."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, *parameters: Tensor | None) -> Tensor:
+        """The layer's output."""
+
+    @abstractmethod
+    def input_gradient(self, grad_y: Tensor, x: Tensor, *parameters: Tensor | None) -> Tensor | None:
+        """The gradient of x; None where x has none."""
+
+    @abstractmethod
+    def gradients(self, site: Site, grad_y: Tensor, x: Tensor, shapes: Shapes) -> Gradients:
+        """The PerRecordGradient of each parameter named in `shapes`."""
 
 
-def clipped_pass(weights_B: Tensor):
-    """Context in which backward forms weight gradients of sum_b weights_B[b] * loss_b.
-
-    The seed of the backward is the *unweighted* sum of losses; the weights enter where weight gradients are formed, in
-    fp32. Guarantee: a record of weight exactly zero contributes exactly zero, whatever its activations.
-    """
-    return _activate(_ClippedPass(weights_B))
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, norm_row: Tensor | None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, site: Site | None) -> Tensor:
     """`F.linear` for x of shape (B*K, ..., P); rows of one record stand together. Returns (B*K, ..., D)."""
-    if norm_row is None:
+    if site is None:
         return F.linear(x, weight, bias)
-    return _Linear.apply(x, weight, bias, norm_row)  # type: ignore[return-value]
+    return apply(_LINEAR, site, x, weight=weight, bias=bias)
 
 
-def embedding(indices: Tensor, weight: Tensor, norm_row: Tensor | None) -> Tensor:
+def embedding(indices: Tensor, weight: Tensor, site: Site | None, padding_idx: int | None = None) -> Tensor:
     """`F.embedding` for integer indices of shape (B*K, ...). Returns (B*K, ..., D)."""
-    if norm_row is None:
-        return F.embedding(indices, weight)
-    return _Embedding.apply(indices, weight, norm_row)  # type: ignore[return-value]
+    if site is None:
+        return F.embedding(indices, weight, padding_idx)
+    return apply(_Embedding(padding_idx), site, indices, weight=weight)
 
 
-def linear_squared_norms(x_BNP: Tensor, g_BND: Tensor) -> Tensor:
-    """||sum_n g_n x_n^T||_F^2 of each record, shape (B,), by the cheaper of two exact forms; at least fp32."""
-    x_BNP, g_BND = _at_least_fp32(x_BNP), _at_least_fp32(g_BND)
-    N, P, D = x_BNP.shape[1], x_BNP.shape[2], g_BND.shape[2]
-    if N == 1:
-        return x_BNP.square().sum((1, 2)) * g_BND.square().sum((1, 2))
-    if N * (P + D) < 2 * P * D:  # two N x N Gram matrices cost less than one P x D gradient
-        return (torch.bmm(x_BNP, x_BNP.mT) * torch.bmm(g_BND, g_BND.mT)).sum((1, 2))
-    return torch.bmm(g_BND.mT, x_BNP).square().sum((1, 2))
+def conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, site: Site | None,
+    *, stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int], groups: int,
+) -> Tensor:  # fmt: skip
+    """`F.conv2d` for x of shape (B*K, C, H, W). Returns (B*K, D, H', W')."""
+    if site is None:
+        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    return apply(_Conv2d(stride, padding, dilation, groups), site, x, weight=weight, bias=bias)
 
 
-def embedding_squared_norms(indices_BN: Tensor, g_BND: Tensor) -> Tensor:
-    """Squared norm of each record's embedding gradient, shape (B,): tokens of one index add up before squaring."""
-    g_BND = _at_least_fp32(g_BND)
-    same_BNN = indices_BN[:, :, None] == indices_BN[:, None, :]
-    return (torch.bmm(g_BND, g_BND.mT) * same_BNN).sum((1, 2))
+def copies(weight: Tensor, num_rows: int, site: Site | None) -> Tensor:
+    """`weight` once for each of B*K rows, (B*K, *weight.shape), without memory of its own.
+
+    What makes any tensor a per-record layer: a positional table, register tokens, the scale of a norm, a scalar.
+    """
+    if site is None:
+        return weight.expand(num_rows, *weight.shape)
+    return apply(_Copies(num_rows), site, weight.new_empty(0), weight=weight)
 
 
-def _at_least_fp32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+def experts_linear(x: Tensor, experts: Tensor, weight: Tensor, site: Site | None) -> Tensor:
+    """Each token through the matrix of its own expert: x (B*K, N, P), experts (B*K, N), weight (E, D, P).
+
+    Gradients are summed within record and expert before the norm is taken. Returns (B*K, N, D).
+    """
+    rule = _ExpertsLinear(experts)
+    return rule.forward(x, weight) if site is None else apply(rule, site, x, weight=weight)
 
 
-def _report(norm_row: Tensor, squared_B: Tensor) -> Tensor:
-    return torch.cat([squared_B, squared_B.new_ones(1)]).to(norm_row.dtype)
+def _apply(rule: Rule, site: Site, x: Tensor, **parameters: Tensor | None) -> Tensor:
+    """One private use of `parameters`, named as in the layer, under `rule`."""
+    use = Use(site, tuple(name for name, value in parameters.items() if value is not None and value.requires_grad))
+    y: Tensor = _Use.apply(rule, use, tuple(parameters), site.anchor, x, *parameters.values())  # type: ignore
+    if _active is None:  # otherwise activation checkpointing is repeating a forward that was counted
+        site.uses.append((use, y))
+    return y
 
 
-def _by_record(x: Tensor, num_records: int) -> Tensor:
-    return x.reshape(num_records, -1, x.shape[-1])
+# Never traced: what a backward does is decided when it runs.
+apply: Callable[..., Tensor] = torch.compiler.disable(_apply)  # type: ignore[assignment]
 
 
-def _require_pass() -> _NormPass | _ClippedPass:
-    if _active is None:
-        raise RuntimeError("backward of a private layer outside its two passes: the gradient would be unclipped")
-    return _active
-
-
-def _included(active: _ClippedPass, x_BND: Tensor) -> Tensor:
-    """In fp32, with the rows of excluded records at zero."""
-    x_BND = _at_least_fp32(x_BND)
-    return x_BND.masked_fill(active.excluded_B[:, None, None], 0.0) if active.any_excluded else x_BND
-
-
-class _Linear(torch.autograd.Function):
+class _Use(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, norm_row: Tensor) -> Tensor:
-        y = F.linear(x, weight, bias)
-        ctx.save_for_backward(x.to(y.dtype), weight, norm_row)
+    def forward(
+        ctx: Any, rule: Rule, use: Use, names: tuple[str, ...], anchor: Tensor, x: Tensor, *parameters: Tensor | None
+    ) -> Tensor:
+        y = rule.forward(x, *parameters)
+        ctx.rule, ctx.use, ctx.names = rule, use, names
         ctx.x_dtype = x.dtype
+        ctx.save_for_backward(x.to(y.dtype) if x.is_floating_point() else x, *parameters)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        active = _require_pass()
-        x, weight, norm_row = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        num_records = norm_row.shape[0] - 1
-        grad_x = (grad_y @ weight.to(grad_y.dtype)).to(ctx.x_dtype) if needs_x else None
-        x_BNP, g_BND = _by_record(x, num_records), _by_record(grad_y, num_records)
-        if isinstance(active, _NormPass):
-            squared_B = norm_row.new_zeros(num_records)
-            if needs_weight:
-                squared_B = squared_B + linear_squared_norms(x_BNP, g_BND)
-            if needs_bias:
-                squared_B = squared_B + _at_least_fp32(g_BND).sum(1).square().sum(1)
-            return grad_x, None, None, _report(norm_row, squared_B)
-        x_BNP, g_BND = _included(active, x_BNP), _included(active, g_BND)
-        grad_weight = grad_bias = None
-        if needs_bias:
-            grad_bias = (active.weights_B.to(g_BND.dtype) @ g_BND.sum(1)).to(weight.dtype)
-        if needs_weight:
-            weights_B11 = active.weights_B[:, None, None]
-            if x_BNP.shape[2] < g_BND.shape[2]:  # weigh the smaller factor
-                x_BNP = x_BNP * weights_B11
-            else:
-                g_BND = g_BND * weights_B11
-            grad_weight = (g_BND.flatten(0, 1).mT @ x_BNP.flatten(0, 1)).to(weight.dtype)
-        return grad_x, grad_weight, grad_bias, None
+        if _active is None:
+            raise RuntimeError("backward of a private layer outside its passes: the gradient would be unclipped")
+        use, grad_x = ctx.use, None
+        gradients = use.kept
+        if gradients is None:
+            x, *parameters = ctx.saved_tensors
+            if ctx.needs_input_grad[4]:
+                grad_x = ctx.rule.input_gradient(grad_y, x, *parameters)
+                grad_x = None if grad_x is None else grad_x.to(ctx.x_dtype)
+            shapes = {n: p.shape for n, p in zip(ctx.names, parameters, strict=True) if n in use.parameters}
+            gradients = ctx.rule.gradients(use.site, grad_y, x, shapes)
+        given = _active.visit(use, gradients)
+        return None, None, None, None, grad_x, *(given.get(name) for name in ctx.names)
 
 
-class _Embedding(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, indices: Tensor, weight: Tensor, norm_row: Tensor) -> Tensor:
-        ctx.save_for_backward(indices, norm_row)
-        ctx.weight_shape, ctx.weight_dtype = weight.shape, weight.dtype
-        return F.embedding(indices, weight)
+class _Linear(Rule):
+    def forward(self, x: Tensor, *parameters: Tensor | None) -> Tensor:
+        weight, bias = parameters
+        assert weight is not None
+        return F.linear(x, weight, bias)
 
-    @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        active = _require_pass()
-        indices, norm_row = ctx.saved_tensors
-        num_records = norm_row.shape[0] - 1
-        g_BND = _by_record(grad_y, num_records)
-        if isinstance(active, _NormPass):
-            return None, None, _report(norm_row, embedding_squared_norms(indices.reshape(num_records, -1), g_BND))
-        g_BND = _included(active, g_BND) * active.weights_B[:, None, None]
-        grad_weight = g_BND.new_zeros(ctx.weight_shape)
-        grad_weight.index_add_(0, indices.reshape(-1), g_BND.flatten(0, 1))
-        return None, grad_weight.to(ctx.weight_dtype), None
+    def input_gradient(self, grad_y: Tensor, x: Tensor, *parameters: Tensor | None) -> Tensor:
+        weight = parameters[0]
+        assert weight is not None
+        return grad_y @ weight.to(grad_y.dtype)
+
+    def gradients(self, site: Site, grad_y: Tensor, x: Tensor, shapes: Shapes) -> Gradients:
+        left_BND, found = site.by_record(grad_y), dict[str, PerRecordGradient]()
+        if "weight" in shapes:
+            found["weight"] = OuterProducts(left_BND[:, None], site.by_record(x)[:, None], shapes["weight"])
+        if "bias" in shapes:
+            found["bias"] = TokenSum(left_BND, shapes["bias"])
+        return found
+
+
+_LINEAR = _Linear()
+
+
+@dataclass(frozen=True)
+class _Embedding(Rule):
+    padding_idx: int | None
+
+    def forward(self, x: Tensor, *parameters: Tensor | None) -> Tensor:
+        (weight,) = parameters
+        assert weight is not None
+        return F.embedding(x, weight, self.padding_idx)
+
+    def input_gradient(self, grad_y: Tensor, x: Tensor, *parameters: Tensor | None) -> None:
+        return None
+
+    def gradients(self, site: Site, grad_y: Tensor, x: Tensor, shapes: Shapes) -> Gradients:
+        rows_BN = x.reshape(site.num_records, -1)
+        if self.padding_idx is not None:
+            rows_BN = rows_BN.masked_fill(rows_BN == self.padding_idx, -1)
+        return {"weight": RowSums(rows_BN, site.by_record(grad_y), shapes["weight"])}
+
+
+@dataclass(frozen=True)
+class _Conv2d(Rule):
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+    def forward(self, x: Tensor, *parameters: Tensor | None) -> Tensor:
+        weight, bias = parameters
+        assert weight is not None
+        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def input_gradient(self, grad_y: Tensor, x: Tensor, *parameters: Tensor | None) -> Tensor:
+        weight = parameters[0]
+        assert weight is not None
+        geometry = (self.stride, self.padding, self.dilation)
+        return torch.ops.aten.convolution_backward(
+            grad_y, x, weight.to(grad_y.dtype), None, *geometry, False, [0, 0], self.groups, [True, False, False]
+        )[0]
+
+    def gradients(self, site: Site, grad_y: Tensor, x: Tensor, shapes: Shapes) -> Gradients:
+        left_RND = grad_y.flatten(2).mT  # a token is a place of the output
+        found = dict[str, PerRecordGradient]()
+        if "weight" in shapes:
+            shape = shapes["weight"]
+            patches_RPN = F.unfold(x, tuple(shape[2:]), self.dilation, self.padding, self.stride)
+            left_BGND, right_BGNP = (
+                site.by_record(y).unflatten(-1, (self.groups, -1)).transpose(1, 2)
+                for y in (left_RND, patches_RPN.mT)
+            )  # fmt: skip
+            found["weight"] = OuterProducts(left_BGND, right_BGNP, shape)
+        if "bias" in shapes:
+            found["bias"] = TokenSum(site.by_record(left_RND), shapes["bias"])
+        return found
+
+
+@dataclass(frozen=True)
+class _Copies(Rule):
+    num_rows: int
+
+    def forward(self, x: Tensor, *parameters: Tensor | None) -> Tensor:
+        (weight,) = parameters
+        assert weight is not None
+        return weight.expand(self.num_rows, *weight.shape)
+
+    def input_gradient(self, grad_y: Tensor, x: Tensor, *parameters: Tensor | None) -> None:
+        return None
+
+    def gradients(self, site: Site, grad_y: Tensor, x: Tensor, shapes: Shapes) -> Gradients:
+        return {"weight": TokenSum(site.by_record(grad_y.reshape(self.num_rows, -1)), shapes["weight"])}
+
+
+@dataclass(frozen=True, eq=False)
+class _ExpertsLinear(Rule):
+    experts: Tensor
+
+    def forward(self, x: Tensor, *parameters: Tensor | None) -> Tensor:
+        (weight,) = parameters
+        assert weight is not None
+        return self._through(x, weight.mT)
+
+    def input_gradient(self, grad_y: Tensor, x: Tensor, *parameters: Tensor | None) -> Tensor:
+        (weight,) = parameters
+        assert weight is not None
+        return self._through(grad_y, weight.to(grad_y.dtype))
+
+    def gradients(self, site: Site, grad_y: Tensor, x: Tensor, shapes: Shapes) -> Gradients:
+        experts_BN = self.experts.reshape(site.num_records, -1)
+        found = ExpertOuterProducts(experts_BN, site.by_record(grad_y), site.by_record(x), shapes["weight"])
+        return {"weight": found}
+
+    def _through(self, x: Tensor, matrices_EPD: Tensor) -> Tensor:
+        y = x.new_zeros(*x.shape[:-1], matrices_EPD.shape[-1], dtype=torch.result_type(x, matrices_EPD))
+        for expert, matrix_PD in enumerate(matrices_EPD):
+            own = self.experts == expert
+            y = y.index_put((own,), (x[own] @ matrix_PD).to(y.dtype))
+        return y

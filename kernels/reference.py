@@ -3,6 +3,7 @@
 # B records, N tokens, P input features, D output features, V entries of a table
 from __future__ import annotations
 
+import math
 import struct
 
 import torch
@@ -40,3 +41,11 @@ def chacha20_block(key: bytes, counter: int, nonce: bytes) -> bytes:
         for diagonal in range(4):
             quarter(diagonal, 4 + (diagonal + 1) % 4, 8 + (diagonal + 2) % 4, 12 + (diagonal + 3) % 4)
     return struct.pack("<16L", *((a + b) & 0xFFFFFFFF for a, b in zip(state, words, strict=True)))
+
+
+def box_muller(radius_word: int, angle_word: int) -> tuple[float, float]:
+    """Two normals from two 64-bit words: a 74-bit uniform for the radius, and a turn of angle."""
+    uniform = ((radius_word % (1 << 63)) * 2048 + angle_word % 2048 + 0.5) * 2.0**-74
+    radius = math.sqrt(-2.0 * math.log(uniform))
+    angle = 2.0 * math.pi * angle_word * 2.0**-64
+    return radius * math.cos(angle), radius * math.sin(angle)

@@ -1,7 +1,7 @@
 """The layers every model is built from: each can tell each record's gradient norm.
 
-Only `Linear` and `Embedding` hold trainable parameters, so that private training sees every gradient:
-they go through the ops of `kernels.per_record`, whose first dimension is always the record.
+Only a `PerRecordModule` holds trainable parameters, so that private training sees every gradient: it uses them through
+the operations of `kernels.per_record`, whose first dimension is always the record.
 """
 
 # B records, N tokens, D model width, H heads, K head width, S sinusoid features
@@ -21,17 +21,94 @@ MAX_PERIOD = 10_000
 
 
 class Linear(PerRecordModule, nn.Linear):
-    """`nn.Linear` over [B, ..., in_features], whose backward can report each record's gradient norm."""
+    """`nn.Linear` over [B, ..., in_features] that can tell each record's gradient."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return per_record.linear(input, self.weight, self.bias, self.norm_row)
+        return per_record.linear(input, self.weight, self.bias, self.site)
+
+
+class Conv2d(PerRecordModule, nn.Conv2d):
+    """`nn.Conv2d` over [B, C, H, W], zero-padded by whole numbers, that can tell each record's gradient."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.padding_mode != "zeros" or isinstance(self.padding, str):
+            raise ValueError(f"padding is {self.padding!r} ({self.padding_mode}): give numbers, filled with zeros")
+        stride, padding, dilation = self.stride, self.padding, self.dilation
+        return per_record.conv2d(
+            input, self.weight, self.bias, self.site,
+            stride=stride, padding=padding, dilation=dilation, groups=self.groups,  # type: ignore[arg-type]
+        )  # fmt: skip
 
 
 class Embedding(PerRecordModule, nn.Embedding):
-    """`nn.Embedding` over int64 [B, ...], whose backward can report each record's gradient norm."""
+    """`nn.Embedding` over int64 [B, ...] that can tell each record's gradient."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return per_record.embedding(input, self.weight, self.norm_row)
+        if self.max_norm is not None or self.scale_grad_by_freq:
+            raise ValueError("max_norm and scale_grad_by_freq couple records: leave them unset")
+        return per_record.embedding(input, self.weight, self.site, self.padding_idx)
+
+
+class LearnedTensor(PerRecordModule):
+    """A raw parameter: a positional table, register tokens, a scale, a scalar. Returns a copy for each record.
+
+    `forward(num_rows)` is [num_rows, *shape], a view without memory of its own.
+    """
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(shape))
+
+    def forward(self, num_rows: int) -> Tensor:
+        return per_record.copies(self.weight, num_rows, self.site)
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm over the last dimension with a learned scale and, where `bias`, a learned shift."""
+
+    def __init__(self, width: int, *, eps: float = 1e-6, bias: bool = True) -> None:
+        super().__init__()
+        self.eps = eps
+        self.scale = LearnedTensor(width)
+        self.shift = LearnedTensor(width) if bias else None
+        nn.init.ones_(self.scale.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.layer_norm(x, x.shape[-1:], eps=self.eps) * _over_tokens(self.scale(len(x)), x)
+        return y if self.shift is None else y + _over_tokens(self.shift(len(x)), x)
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm over the last dimension with a learned scale: over a model's width, or over a head's (QK-norm)."""
+
+    def __init__(self, width: int, *, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.scale = LearnedTensor(width)
+        nn.init.ones_(self.scale.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps) * _over_tokens(self.scale(len(x)), x)
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer plus a trained product of low rank: W x + b + (alpha / rank) B A x.
+
+    Source: Hu et al. 2021 (arXiv:2106.09685, Eq. 3). B starts at zero, so the layer starts as the frozen one.
+    """
+
+    def __init__(self, frozen: nn.Linear, rank: int, alpha: float) -> None:
+        super().__init__()
+        if not 0 < rank <= min(frozen.in_features, frozen.out_features):
+            raise ValueError(f"LoRA rank is {rank}: a {frozen.in_features} x {frozen.out_features} layer takes less")
+        self.frozen = frozen.requires_grad_(False)
+        self.down = Linear(frozen.in_features, rank, bias=False)
+        self.up = Linear(rank, frozen.out_features, bias=False)
+        self.scale = alpha / rank
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.frozen(x) + self.scale * self.up(self.down(x))
 
 
 class TimestepEmbedding(nn.Module):
@@ -82,6 +159,11 @@ class MLP(nn.Module):
 
     def forward(self, x_BND: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x_BND), approximate="tanh"))
+
+
+def _over_tokens(weight_BD: Tensor, x: Tensor) -> Tensor:
+    """Each record's [D] vector against x of [B, ..., D]."""
+    return weight_BD.view(len(x), *[1] * (x.dim() - 2), -1)
 
 
 def modulated_norm(x_BND: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:

@@ -1,42 +1,46 @@
 """The audit of a run folder: what its ledger spent, recomputed from nothing else, and whether its manifests agree.
 
-What is read was written by the run; what is concluded rests on the ledger's chain, the hashes in the manifests and the
-accountant. No weights, no data and no secret are needed, and torch is not loaded.
+What is read was written by the run; what is concluded rests on the ledger's chain and signatures, the hashes in the
+manifests and the accountants. No weights, no data and no secret are needed, and torch is not loaded.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from privacy import accounting
-from privacy.ledger import LedgerError, LedgerView, StageTally, read_ledger
+from privacy.accounting import Accountant
+from privacy.accounting.tally import Tally
+from privacy.audit_charges import Charges, StageCharges, read_charges
+from privacy.audit_claims import SAME_EPSILON, Claim, checkpoint_claims, ledger_claims, link_claims, stage_claims
+from privacy.audit_evidence import RunEvidence, UnreadableRunError, read_run
+from privacy.ledger import LedgerError, LedgerView, read_ledger
 
-# Two machines' FFTs may differ in the last digits of one epsilon; more than this is another number.
-SAME_EPSILON = 1e-6
+__all__ = ["AuditReport", "Claim", "UnreadableRunError", "audit_run"]
 
-CAVEATS: tuple[str, ...] = (
+CURVE_POINTS = 16  # an accountant's query takes a tenth of a second or so
+CURVE_EVENTS = 1_000_000  # different events that are counted for the curve, all points together: some ten seconds
+AGREEMENT = 0.05  # relative
+CROSS_CHECKS: tuple[Accountant, ...] = ("rdp", "prv")
+
+STANDING_CAVEATS: tuple[str, ...] = (
     "The number of records is treated as public.",
     "Hyper-parameters chosen by the user are assumed to come from public data.",
-    "Whoever can write the whole run folder can write a consistent false one: keep the ledger head elsewhere too.",
+    "The guarantee is about the private split as it was filtered and fixed before the ledger opened: what the filter "
+    "did to one record is taken not to depend on the others.",
 )
 
 
-class UnreadableRunError(ValueError):
-    """The folder is no run, or a file an audit needs cannot be read at all."""
-
-
 @dataclass(frozen=True)
-class Claim:
-    """One thing the run says of itself, whether it holds, and what was seen."""
+class CrossCheck:
+    """Another accountant's epsilon for the same charges; None where it cannot bound them, and `note` says why."""
 
-    claim: str
-    holds: bool
-    evidence: str
+    accountant: str
+    epsilon: float | None
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class Spending:
     ledger: str
     ledger_id: str
     head: str
+    public_key: str
     unit: str
     relation: str
     dataset_root: str
@@ -53,11 +58,26 @@ class Spending:
     delta: float
     epsilon: float
     accountant: str
-    epsilon_by_rdp: float
-    cross_check: str
+    cross_checks: list[CrossCheck]
     charges: int
     wasted: int  # charged and never done: they count
     replayed: int  # charges beyond a step's first: they count
+
+
+@dataclass(frozen=True)
+class StageSpending:
+    """What one stage of one run was charged. Epsilons of stages do not add up: together they cost less."""
+
+    run: str
+    stage: str
+    own: bool  # of the run folder that was audited
+    mechanisms: list[str]
+    steps: int  # that were charged at least once
+    charges: int
+    wasted: int
+    replayed: int
+    epsilon_alone: float
+    code_versions: list[str]
 
 
 @dataclass
@@ -66,6 +86,10 @@ class AuditReport:
 
     run: str
     spending: Spending | None = None
+    stages: list[StageSpending] = field(default_factory=list[StageSpending])
+    curve: list[tuple[int, float]] = field(default_factory=list[tuple[int, float]])  # charges so far, epsilon
+    filtered: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])  # filter stage -> counts
+    configs: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])  # finished stage -> config
     claims: list[Claim] = field(default_factory=list[Claim])
     caveats: list[str] = field(default_factory=list[str])
 
@@ -88,251 +112,236 @@ class AuditReport:
         """The report as JSON values."""
         return {"verdict": self.verdict, "exit_code": self.exit_code, **asdict(self)}
 
-    def check(self, claim: str, holds: bool, evidence: str) -> None:
-        """Add a claim that was looked into."""
-        self.claims.append(Claim(claim, holds, evidence))
 
+def audit_run(run_dir: Path, *, public_key: str | None = None, every_signature: bool = False) -> AuditReport:
+    """Audit a run folder, finished or not; UnreadableRunError where there is nothing that can be audited.
 
-@dataclass(frozen=True)
-class Manifest:
-    """A finished stage's manifest and where it lies."""
-
-    path: Path
-    stage: str
-    content: dict[str, Any]
-
-    def section(self, *keys: str) -> dict[str, Any]:
-        """The mapping under these keys; empty where there is none."""
-        value = self.content
-        for key in keys:
-            inner = value.get(key)
-            value = cast(dict[str, Any], inner) if isinstance(inner, dict) else {}
-        return value
-
-
-def audit_run(run_dir: Path) -> AuditReport:
-    """Audit a run folder, finished or not; UnreadableRunError where there is nothing that can be audited."""
-    manifests = _read_manifests(run_dir)
-    own_ledger = run_dir / "ledger.jsonl"
-    if not manifests and not own_ledger.exists():
-        raise UnreadableRunError(
-            f"{run_dir} holds neither a stage's manifest.json nor a ledger.jsonl: name a run folder"
-        )
-    report = AuditReport(str(run_dir))
-    _check_inputs(report, run_dir, manifests)
-    private = [manifest for manifest in manifests if manifest.section("ledger")]
-    _check_private_stages_have_ledgers(report, manifests)
-    ledgers = {_ledger_path(run_dir, str(manifest.section("ledger").get("path"))) for manifest in private}
-    if own_ledger.exists():
-        ledgers.add(own_ledger.resolve())
+    public_key: hex of the key that the auditor knows from elsewhere; without it, the run's own word is taken.
+    every_signature: verify the signature of each record, and not only of the last and of each change of key.
+    """
+    evidence = read_run(run_dir)
+    report = AuditReport(str(run_dir), claims=link_claims(evidence), filtered=_filtered(evidence))
+    report.configs = {manifest.stage: manifest.section("config") for manifest in evidence.manifests}
+    ledgers = evidence.ledgers()
     if len(ledgers) > 1:
-        names = ", ".join(sorted(str(path) for path in ledgers))
-        report.check("one ledger holds all that the run spent", False, f"there are {len(ledgers)}: {names}")
+        names = ", ".join(str(path) for path in ledgers)
+        report.claims.append(
+            Claim("one ledger holds all that the run spent", False, f"there are {len(ledgers)}: {names}")
+        )
     elif ledgers:
-        _audit_ledger(report, ledgers.pop(), manifests, private)
-    report.caveats += _caveats(report)
+        _audit_ledger(report, ledgers[0], evidence, public_key, every_signature)
     return report
 
 
-def _ledger_path(run_dir: Path, recorded: str) -> Path:
-    """Where a recorded ledger lies now: runs are moved, so the path counts from the run folder, then by name within it.
-
-    Which file it is decides nothing by itself: the head that the manifest recorded must lie in its chain.
-    """
-    places = [run_dir / recorded, Path(recorded), run_dir / Path(recorded).name]
-    return next((place for place in places if place.is_file()), places[0]).resolve()
-
-
-def _audit_ledger(report: AuditReport, path: Path, manifests: list[Manifest], private: list[Manifest]) -> None:
-    heads = [str(manifest.section("ledger").get("head")) for manifest in private]
+def _audit_ledger(
+    report: AuditReport, path: Path, evidence: RunEvidence, public_key: str | None, every_signature: bool
+) -> None:
     try:
-        view = read_ledger(path, heads)
+        view = read_ledger(path, evidence.heads(), every_signature=every_signature)
     except LedgerError as error:
-        report.check("the ledger is there and its chain is whole", False, str(error))
+        claim = "the ledger is whole: no line was changed, removed, moved or added by another hand"
+        report.claims.append(Claim(claim, False, str(error)))
         return
-    torn = f", then {view.torn_bytes} bytes of a torn last line that nobody acted on" if view.torn_bytes else ""
-    report.check(
-        "the ledger is there and its chain is whole",
-        True,
-        f"{path.name}: {view.num_records} records, {view.num_charges} charges{torn}",
-    )
+    report.claims += ledger_claims(view, evidence, public_key, every_signature)
+    charges = read_charges(path, view.num_records, evidence.heads())
     try:
         spending = report.spending = _spending(path, view)
+        report.stages = [_stage_spending(label, view, charged, evidence) for label, charged in charges.stages.items()]
+        report.curve = _curve(view)
     except ValueError as error:  # the chain is whole, but its charges are beyond the accountant
-        report.check("what was charged can be bounded", False, str(error))
+        report.claims.append(Claim("what was charged can be bounded", False, str(error)))
         return
     cap = spending.dataset_cap
     if cap is not None:
-        evidence = f"epsilon {spending.epsilon:.4g} of {cap:g}"
-        report.check("the data set's cap is kept", spending.epsilon <= cap * (1 + SAME_EPSILON), evidence)
-    for manifest in private:
-        _check_stage(report, view, manifest)
-        _check_dataset(report, view, manifest, manifests)
-    report.caveats += _plan_caveats(view)
+        kept = spending.epsilon <= cap * (1 + SAME_EPSILON)
+        report.claims.append(Claim("the data set's cap is kept", kept, f"epsilon {spending.epsilon:.4g} of {cap:g}"))
+    report.claims += checkpoint_claims(view, charges, evidence)
+    for manifest in evidence.private:
+        report.claims += stage_claims(view, charges, evidence, manifest)
+    report.caveats = _caveats(report, view, charges, public_key)
+
+
+# --- what was spent ---
 
 
 def _spending(path: Path, view: LedgerView) -> Spending:
-    opening = view.opening
+    opening, delta = view.opening, view.opening["delta"]
+    paid = Tally(view.counts).charges()  # once: a stream has as many events as steps
     return Spending(
         ledger=str(path),
         ledger_id=opening["ledger_id"],
         head=view.head,
+        public_key=view.public_key,
         unit=opening["unit"],
         relation=opening["relation"],
         dataset_root=opening["dataset_root"],
         dataset_cap=opening["dataset_cap"],
-        delta=opening["delta"],
-        epsilon=accounting.epsilon(view.counts, opening["delta"]),
+        delta=delta,
+        epsilon=accounting.epsilon(paid, delta),
         accountant=accounting.describe("pld"),
-        epsilon_by_rdp=accounting.epsilon(view.counts, opening["delta"], "rdp"),
-        cross_check=accounting.describe("rdp"),
+        cross_checks=[_cross_check(paid, delta, accountant) for accountant in CROSS_CHECKS],
         charges=view.num_charges,
         wasted=len(view.unfinished),
         replayed=view.num_charges - sum(len(tally.attempts) for tally in view.stages.values()),
     )
 
 
-def _check_stage(report: AuditReport, view: LedgerView, manifest: Manifest) -> None:
-    """What one private stage's manifest says, against the ledger."""
-    stage, ledger, metrics = manifest.stage, manifest.section("ledger"), manifest.section("metrics")
-    label = str(ledger.get("stage"))  # the stage's name in the ledger, which runs may share
-    plan = view.plans.get(label)
-    planned, stated = (plan or {}).get("config_sha256"), manifest.content.get("config_sha256")
-    report.check(
-        f"{stage} ran the configuration it planned in the ledger",
-        planned is not None and planned == stated,
-        f"planned {_short(planned)}, manifest {_short(stated)}",
-    )
-    counts = view.heads.get(str(ledger.get("head")))
-    report.check(
-        f"the ledger head that {stage} recorded lies in the chain",
-        counts is not None and counts.total() == ledger.get("charges"),
-        f"head {_short(ledger.get('head'))} "
-        + ("is not there" if counts is None else f"after {counts.total()} charges; recorded {ledger.get('charges')}"),
-    )
-    _check_steps(report, view.stages.get(label, StageTally()), stage, metrics.get("steps"))
-    _check_stated_epsilon(report, stage, metrics, view, counts)
+def _cross_check(counts: Mapping[str, int], delta: float, accountant: Accountant) -> CrossCheck:
+    try:
+        return CrossCheck(accounting.describe(accountant), accounting.epsilon(counts, delta, accountant))
+    except ValueError as error:
+        return CrossCheck(accounting.describe(accountant), None, str(error))
 
 
-def _check_steps(report: AuditReport, tally: StageTally, stage: str, steps: object) -> None:
-    if not isinstance(steps, int):
-        report.check(f"every step of {stage} was charged and done", False, f"its manifest says {steps!r} steps")
-        return
-    uncharged = [step for step in range(steps) if step not in tally.attempts]
-    undone = [step for step in range(steps) if step not in tally.finished]
-    beyond = sum(step >= steps for step in tally.attempts)
-    report.check(
-        f"every step of {stage} was charged and done",
-        not uncharged and not undone and not beyond,
-        f"{steps} steps: {len(uncharged)} not charged{_first(uncharged)}, {len(undone)} not done{_first(undone)}, "
-        f"{beyond} charged beyond the last",
+def _stage_spending(label: str, view: LedgerView, charged: StageCharges, evidence: RunEvidence) -> StageSpending:
+    run, _, stage = label.rpartition("/")
+    counts, steps = charged.counts, len(view.stages[label].attempts)
+    return StageSpending(
+        run=run,
+        stage=stage,
+        own=label == evidence.label(stage),
+        mechanisms=sorted(_describe(*mechanism) for mechanism in charged.mechanisms),
+        steps=steps,
+        charges=counts.total(),
+        wasted=charged.wasted,
+        replayed=counts.total() - steps,
+        epsilon_alone=accounting.epsilon(counts, view.opening["delta"]),
+        code_versions=sorted(charged.code_versions),
     )
 
 
-def _check_stated_epsilon(
-    report: AuditReport, stage: str, metrics: Mapping[str, Any], view: LedgerView, counts: Mapping[str, int] | None
-) -> None:
-    claim = f"{stage} states no less epsilon than its charges cost, and kept its target"
-    delta, stated, target = (_number(metrics.get(name)) for name in ("delta", "epsilon", "target_epsilon"))
-    if delta is None or stated is None or target is None or counts is None:
-        report.check(claim, False, f"the manifest says epsilon {stated} of target {target} at delta {delta}")
-        return
-    cost = accounting.epsilon(counts, view.opening["delta"])
-    report.check(
-        claim,
-        delta == view.opening["delta"] and cost <= min(stated, target) * (1 + SAME_EPSILON),
-        f"recomputed {cost:.6g} at delta {view.opening['delta']:g}; stated {stated:.6g} of {target:g} at {delta:g}",
-    )
+def _curve(view: LedgerView) -> list[tuple[int, float]]:
+    """Epsilon after so many charges, at marks spread evenly over the ledger's history; the last is the end."""
+    points = max(2, min(CURVE_POINTS, CURVE_EVENTS // max(1, len(view.counts))))
+    curve: list[tuple[int, float]] = []
+    for mark in view.history:
+        if mark.num_charges * points >= view.num_charges * (len(curve) + 1):
+            paid = Tally(mark.counts).charges()
+            curve.append((mark.num_charges, accounting.epsilon(paid, view.opening["delta"])))
+    return curve
 
 
-def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) else None
+def _describe(event: Mapping[str, Any], parted: bool) -> str:
+    """A mechanism as a person says it."""
+    noise = f"noise multiplier {event['noise_multiplier']:.4g}"
+    rate = f"sampling rate {event['sampling_rate']:.4g}" if "sampling_rate" in event else ""
+    match event["mechanism"]:
+        case "gaussian":
+            return f"Gaussian over {'one part of a partition' if parted else 'all records'}, not amplified, {noise}"
+        case "poisson_sampled_gaussian":
+            return f"{'cyclic ' if parted else ''}Poisson-sampled Gaussian, {rate}, {noise}"
+        case "truncated_poisson_sampled_gaussian":
+            return f"truncated Poisson-sampled Gaussian, {rate}, at most {event['max_batch_size']} records, {noise}"
+        case mechanism:
+            return f"{mechanism}, {noise}"
 
 
-def _check_dataset(report: AuditReport, view: LedgerView, manifest: Manifest, manifests: list[Manifest]) -> None:
-    """The root of the split that the stage trained on, by the manifest of who wrote it, is the one charged."""
-    config = manifest.section("config")
-    source, split = config.get("data_from"), config.get("split", "private")
-    written = next((m.section("metrics", "splits", split).get("root") for m in manifests if m.stage == source), None)
-    charged = view.opening["dataset_root"]
-    report.check(
-        f"the ledger is for the data that {manifest.stage} trained on",
-        written == charged,
-        f"ledger {_short(charged)}, {split} split of {source} {_short(written)}",
-    )
+def _filtered(evidence: RunEvidence) -> dict[str, dict[str, Any]]:
+    """What each filter stage's manifest counts: records by outcome, findings by kind. None of it is a value."""
+    counted = ("splits", "entities", "metadata", "reasons")
+    return {
+        manifest.stage: {name: manifest.section("metrics", name) for name in counted}
+        for manifest in evidence.manifests
+        if manifest.content.get("kind") == "filter"
+    }
 
 
-def _check_inputs(report: AuditReport, run_dir: Path, manifests: list[Manifest]) -> None:
-    """Each manifest names the manifests it was made from by their SHA-256."""
-    digests = {manifest.stage: hashlib.sha256(manifest.path.read_bytes()).hexdigest() for manifest in manifests}
-    wrong = [
-        f"{manifest.stage} was made from another {source}"
-        for manifest in manifests
-        for source, digest in manifest.section("inputs").items()
-        if digests.get(source) != digest
-    ]
-    number = sum(len(manifest.section("inputs")) for manifest in manifests)
-    evidence = "; ".join(wrong) or f"{number} links between {len(manifests)} manifests in {run_dir.name}"
-    report.check("every stage was made from the manifests that lie here", not wrong, evidence)
+# --- what to know ---
 
 
-def _check_private_stages_have_ledgers(report: AuditReport, manifests: list[Manifest]) -> None:
-    silent = [m.stage for m in manifests if m.content.get("kind") == "finetune_dp" and not m.section("ledger")]
-    if silent:
-        report.check("every private stage names its ledger", False, f"{', '.join(silent)} names none")
-
-
-def _caveats(report: AuditReport) -> list[str]:
+def _caveats(report: AuditReport, view: LedgerView, charges: Charges, public_key: str | None) -> list[str]:
     """What the guarantee leaves out, in plain words."""
+    caveats = [*STANDING_CAVEATS, _key_caveat(view, public_key), *_accountant_caveats(report)]
+    if report.filtered:
+        caveats.append("The filter's counts were taken from the data without noise: they are outside the guarantee.")
     spent = report.spending
-    if spent is None:
-        return []
-    caveats = list(CAVEATS)
+    assert spent is not None
     if spent.wasted:
         caveats.append(f"Charges never followed by a finished step: {spent.wasted}. They are counted.")
     if spent.replayed:
         caveats.append(
             f"Charges for replays: {spent.replayed}, each with a draw and noise of its own. They are counted."
         )
+    if spent.unit != "record":
+        caveats.append(f"The guarantee protects one {spent.unit}, that is all of its records together.")
+    caveats += _event_caveats(charges)
+    for label, plan in view.plans.items():
+        caveats += _plan_caveats(label, plan, spent.delta)
+    for stage in report.stages:
+        caveats += _code_caveats(stage)
     return caveats
 
 
-def _plan_caveats(view: LedgerView) -> list[str]:
-    """What the stages planned to do outside the guarantee, by the ledger's own word."""
+def _key_caveat(view: LedgerView, public_key: str | None) -> str:
+    key = view.public_key
+    if public_key is not None:
+        return f"The ledger was held against the public key {public_key[:12]}.. that the auditor gave: keep it safe."
+    return (
+        "No public key was given to this audit, so the signatures show only that one hand wrote ledger and manifests: "
+        f"compare the key with one kept elsewhere (now {key[:12]}..), or whoever can write the whole run folder can "
+        "write a consistent false one."
+    )
+
+
+def _accountant_caveats(report: AuditReport) -> list[str]:
+    """Where an independent accountant cannot look, or says something else than the one the figure comes from."""
+    spent = report.spending
+    assert spent is not None
     caveats: list[str] = []
-    for stage, plan in view.plans.items():
-        if plan.get("secure_noise") is False:
-            caveats.append(f"{stage} drew its noise from Philox, which is no cryptographic generator.")
-        if plan.get("operator_metrics") is True:
-            caveats.append(f"{stage} showed operator-only metrics of private data, outside the guarantee.")
+    for check in spent.cross_checks:
+        if check.epsilon is None:
+            caveats.append(f"No second opinion from {check.accountant}: {check.note}")
+        elif check.epsilon < spent.epsilon * (1 - AGREEMENT):
+            caveats.append(
+                f"The figure stated is larger than need be: {check.accountant} proves epsilon {check.epsilon:.4g}."
+            )
     return caveats
 
 
-def _read_manifests(run_dir: Path) -> list[Manifest]:
-    try:
-        return [_read_manifest(path) for path in sorted(run_dir.resolve(strict=True).glob("*/manifest.json"))]
-    except OSError as error:
-        raise UnreadableRunError(f"{error.filename or run_dir} cannot be read: {error.strerror}") from error
+def _event_caveats(charges: Charges) -> list[str]:
+    """What the charged mechanisms mean for who is protected, and against what."""
+    kinds = {(event["mechanism"], parted) for stage in charges.stages.values() for event, parted in stage.mechanisms}
+    caveats: list[str] = []
+    if ("gaussian", True) in kinds:
+        caveats.append(
+            "Batches were shuffled, not drawn at random for each step: the charges count no amplification by sampling."
+        )
+    if any(parted for _, parted in kinds):
+        caveats.append(
+            "Records were read by fixed places (a cycle, a stream or a shuffle): neighbouring data sets differ by "
+            "emptying one record's place, and each record pays only for the part it lies in."
+        )
+    if any(mechanism == "truncated_poisson_sampled_gaussian" for mechanism, _ in kinds):
+        caveats.append("Batches had a largest size and larger draws were cut: accounted as truncated Poisson sampling.")
+    return caveats
 
 
-def _read_manifest(path: Path) -> Manifest:
-    try:
-        content = json.loads(path.read_bytes())
-        if content["format"] != 1:
-            raise UnreadableRunError(f"{path} has format {content['format']!r}: this version reads 1")
-        return Manifest(path, path.parent.name, content)
-    except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, UnreadableRunError):
-            raise
-        raise UnreadableRunError(f"{path} is no manifest of format 1: restore it or run the stage again") from error
+def _plan_caveats(label: str, plan: Mapping[str, Any], delta: float) -> list[str]:
+    """What a stage planned to do outside the guarantee, by the ledger's own word."""
+    caveats: list[str] = []
+    if plan.get("secure_noise") is False:
+        caveats.append(f"{label} drew its noise from Philox, which is no cryptographic generator.")
+    if plan.get("operator_metrics") is True:
+        caveats.append(f"{label} showed operator-only metrics of private data, outside the guarantee.")
+    bands, cap = plan.get("bands"), plan.get("max_records")
+    if isinstance(bands, int) and bands > 1:
+        caveats.append(
+            f"{label} used noise correlated over {bands} steps (DP-BandMF): its charges hold because no unit is read "
+            f"twice within so many steps, which a cycle of {plan.get('cycle')} parts sees to."
+        )
+    if isinstance(cap, int) and cap > 1:
+        caveats.append(f"{label} read at most {cap} records of one unit in a step; all of them together count as one.")
+    units = plan.get("num_units")
+    if isinstance(units, int) and (warning := accounting.delta_warning(delta, units)) is not None:
+        caveats.append(f"{label}: {warning}.")
+    return caveats
 
 
-def _short(digest: object) -> str:
-    if not isinstance(digest, str):
-        return "nothing"
-    algorithm, _, value = digest.rpartition(":")
-    return f"{algorithm}:{value[:12]}" if algorithm else value[:12]
-
-
-def _first(steps: list[int]) -> str:
-    return f" (first: {steps[0]})" if steps else ""
+def _code_caveats(stage: StageSpending) -> list[str]:
+    name = f"{stage.run}/{stage.stage}" if stage.run else stage.stage
+    caveats: list[str] = []
+    if len(stage.code_versions) > 1:
+        caveats.append(f"{name} was charged by {len(stage.code_versions)} versions of the code.")
+    if any(version.endswith("+dirty") for version in stage.code_versions):
+        caveats.append(f"{name} ran code with changes that no version names (+dirty): it cannot be read again.")
+    return caveats

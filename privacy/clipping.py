@@ -1,32 +1,54 @@
 """Per-record clipping: each record's gradient is bounded before anything is summed.
 
-Flat clipping in two passes: the first backward asks every layer for each record's squared gradient norm, the second
-forms the gradient of the clip-weighted sum. No per-record gradient is ever in memory.
-Source: Abadi et al. 2016 (arXiv:1607.00133), Alg. 1; two passes as in Lee and Kifer 2021 (arXiv:2009.03106).
+No engine ever holds a per-record gradient in memory; all of them work on factors (`kernels.ghost_norm`).
+
+    two_pass        flat: one backward for the norms, another for the clip-weighted sum, in about the memory of plain
+                    training: the layers nearest the input, as far as a tenth of memory goes, keep what
+                    kept_gradients keeps, and the second backward ends where they begin
+    kept_gradients  flat: one backward, which keeps every layer's input and output gradient; the weight gradients are
+                    formed from these once the norms are known. The same sum as two_pass, for less time and more memory
+    group_wise      one backward; each layer is clipped by itself to a bound of its own, the bounds' squares adding up
+                    to that of the flat bound, so that the sensitivity is the same
+
+Source: Abadi et al. 2016 (arXiv:1607.00133), Alg. 1; two passes, Lee and Kifer 2021 (arXiv:2009.03106); kept gradients,
+Bu et al. 2023 (arXiv:2210.00038, "book-keeping"); group-wise and adaptive bounds, He et al. 2022 (arXiv:2212.01539) and
+Andrew et al. 2021 (arXiv:1905.03871, Alg. 1).
 """
 
-# B records
+# B records, K groups
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import Protocol
+import math
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
-from kernels import per_record
-from kernels.per_record import PerRecordModule
+from kernels.ghost_norm import PerRecordGradient, RecordWeights, at_least_fp32, together
+from kernels.per_record import Gradients, Pass, PerRecordModule, Site, Use, activate
 
-# The coefficient is shrunk by this much, so that rounding in fp32 cannot carry a clipped norm over the bound.
-_ROUNDING_MARGIN = 1e-6
+EngineName = Literal["two_pass", "kept_gradients", "group_wise"]
+Losses = Callable[[nn.Module], Tensor]
+
+# A coefficient is shrunk by this many units of its last place, so that rounding cannot carry a norm over the bound.
+_ROUNDING_UNITS = 8
+TWO_PASS_KEEPS = 0.25  # of the layers' outputs; measured at under a tenth of peak memory (docs/results/bench_dp.json)
 
 
 class Backend(Protocol):
     """What clipping needs of a sharding backend (`train.parallel` implements it)."""
 
     forward_once: bool
-    """Whether one forward serves both passes; otherwise `norm_model` and `model` each run a forward of their own."""
+    """Whether one forward serves several backwards; otherwise `norm_model` and `model` each run one of their own."""
+    loss_scale: float
+    """What `backward` multiplies every gradient by on its way (a later division undoes it)."""
 
     @property
     def norm_model(self) -> nn.Module: ...
@@ -36,90 +58,305 @@ class Backend(Protocol):
     def backward(self, loss: Tensor) -> None: ...
 
 
-def check_model(model: nn.Module) -> dict[str, PerRecordModule]:
-    """The layers that report norms, by name; a ValueError names every trainable parameter that none accounts for."""
-    layers: dict[str, PerRecordModule] = {}
-    owners: dict[nn.Parameter, str] = {}
+@dataclass(frozen=True)
+class PrivateLayer:
+    """A layer that can tell per-record gradients, and the full names of its trainable parameters."""
+
+    module: PerRecordModule
+    parameters: Mapping[str, str]  # name in the layer -> full name; tied parameters have one full name
+
+
+def check_model(model: nn.Module) -> dict[str, PrivateLayer]:
+    """The layers that train privately, by name; a ValueError names everything that would break the guarantee.
+
+    That is every trainable parameter whose layer cannot tell per-record gradients, and every layer that mixes records.
+    """
+    layers: dict[str, PrivateLayer] = {}
+    full_names: dict[nn.Parameter, str] = {}
     problems: list[str] = []
     modules: list[tuple[str, nn.Module]] = list(model.named_modules())  # pyright: ignore[reportUnknownArgumentType]
-    for module_name, module in modules:
+    for name, module in modules:
+        if isinstance(module, _BatchNorm):
+            problems.append(f"{name} is a {type(module).__name__}, which mixes records: use a norm within the record")
+            continue
         own: list[tuple[str, nn.Parameter]] = list(module.named_parameters(recurse=False))
-        for parameter_name, parameter in own:
-            name = f"{module_name}.{parameter_name}".lstrip(".")
-            if not parameter.requires_grad:
-                continue
+        trainable = {local: parameter for local, parameter in own if parameter.requires_grad}
+        for local, parameter in trainable.items():
+            full_name = full_names.setdefault(parameter, f"{name}.{local}".lstrip("."))
             if not isinstance(module, PerRecordModule):
-                problems.append(f"{name} belongs to a {type(module).__name__}, which reports no per-record norm")
-            elif parameter in owners:
-                problems.append(f"{name} is tied to {owners[parameter]}: norms of tied weights are not additive")
-            else:
-                owners[parameter] = name
-                layers[module_name] = module
+                problems.append(
+                    f"{full_name} belongs to a {type(module).__name__}, which tells no per-record gradients: freeze it "
+                    "or register a norm rule (kernels.per_record.Rule)"
+                )
+        if trainable and isinstance(module, PerRecordModule):
+            layers[name] = PrivateLayer(module, {local: full_names[p] for local, p in trainable.items()})
     if problems:
-        listed = "; ".join(problems)
-        raise ValueError(f"this model cannot be trained privately: {listed}: freeze it or register a norm rule")
+        raise ValueError(f"this model cannot be trained privately: {'; '.join(problems)}")
     if not layers:
         raise ValueError("this model has no trainable parameter: unfreeze at least one layer")
     return layers
 
 
-class TwoPassClipper:
+class Clipper(ABC):
     """Sums clipped per-record gradients over microbatches into the backend's gradients.
 
     Guarantee: adding or removing one record moves the accumulated sum by at most `bound` in L2, whatever its values: a
-    record with a non-finite loss or gradient norm counts as zero. Every reporting layer must report exactly once a
-    microbatch, or the step is refused.
+    record with a non-finite loss or gradient norm counts as zero. Every use of every trainable parameter must report
+    exactly once a microbatch, or the step is refused.
     """
 
     def __init__(self, model: nn.Module, bound: float) -> None:
-        if not bound > 0 or bound == float("inf"):
+        if not 0 < bound < math.inf:
             raise ValueError(f"privacy.max_grad_norm is {bound}: it must be a positive finite number")
         self.layers = check_model(model)
         self.bound = bound
 
-    def accumulate(
-        self, backend: Backend, losses: Callable[[nn.Module], Tensor], present_B: Tensor, *, last: bool
-    ) -> Tensor:
+    def accumulate(self, backend: Backend, losses: Losses, present_B: Tensor, *, last: bool) -> Tensor:
         """Add one microbatch's clipped sum to the gradients; returns its per-record losses (B,), detached.
 
         `losses` maps a model to losses of shape (B,); `present_B` is False for padding, which contributes exactly zero.
         """
-        rows = self._attach_rows(present_B)
+        with backend.microbatch(last=last):
+            return self._accumulate(backend, losses, present_B).detach()
+
+    @abstractmethod
+    def _accumulate(self, backend: Backend, losses: Losses, present_B: Tensor) -> Tensor: ...
+
+    @contextmanager
+    def _sites(self, present_B: Tensor) -> Generator[dict[str, Site]]:
+        """A site at every private layer, for the forwards and backwards within the context."""
+        anchor = torch.zeros((), device=present_B.device, requires_grad=True)
+        sites = {name: Site(name, len(present_B), anchor) for name in self.layers}
         try:
-            with backend.microbatch(last=last):
-                losses_B = losses(backend.norm_model)
-                with per_record.norm_pass():
-                    reports = torch.autograd.grad(
-                        losses_B.sum(), list(rows.values()), retain_graph=backend.forward_once, allow_unused=True
-                    )
-                weights_B = self._weights(dict(zip(rows, reports, strict=True)), losses_B.detach(), present_B)
-                if not backend.forward_once:
-                    losses_B = losses(backend.model)
-                with per_record.clipped_pass(weights_B):
-                    backend.backward(losses_B.sum())
+            for name, layer in self.layers.items():
+                layer.module.site = sites[name]
+            yield sites
         finally:
-            for layer in self.layers.values():
-                layer.norm_row = None
-        return losses_B.detach()
+            for name, layer in self.layers.items():
+                layer.module.site = None
+                sites[name].uses.clear()  # outputs hold the graph, which holds the site
 
-    def _attach_rows(self, present_B: Tensor) -> dict[str, Tensor]:
-        rows: dict[str, Tensor] = {}
-        for name, layer in self.layers.items():
-            row = torch.zeros(present_B.shape[0] + 1, device=present_B.device, requires_grad=True)
-            layer.norm_row = rows[name] = row
-        return rows
 
-    def _weights(self, reports: dict[str, Tensor | None], losses_B: Tensor, present_B: Tensor) -> Tensor:
-        """min(1, bound / norm) for each record, in fp32; zero for padding and for whatever is not finite."""
-        squared_B = torch.zeros_like(losses_B, dtype=torch.float32)
-        for name, report in reports.items():
-            if report is None or report[-1] != 1:
-                times = 0 if report is None else int(report[-1])
-                raise RuntimeError(
-                    f"layer {name!r} reported its per-record norms {times} times in one pass, not once: step refused"
-                )
-            squared_B += report[:-1]
-        counts_B = present_B & torch.isfinite(squared_B) & torch.isfinite(losses_B)
-        norms_B = squared_B.sqrt()
-        weights_B = (self.bound * (1 - _ROUNDING_MARGIN) / norms_B).clamp(max=1.0)  # norm 0 gives inf, clamped to 1
-        return torch.where(counts_B, weights_B, torch.zeros_like(weights_B))
+class FlatClipper(Clipper):
+    """Each record's whole gradient clipped at once, by a backward for the norms and another for the weighted sum.
+
+    keep: the share of the layers' outputs, counted in bytes from the input on, whose gradients the first backward
+    keeps. At those layers the second one forms the weight gradient and goes no further.
+    """
+
+    def __init__(self, model: nn.Module, bound: float, *, keep: float) -> None:
+        super().__init__(model, bound)
+        self.keep = keep
+
+    def _accumulate(self, backend: Backend, losses: Losses, present_B: Tensor) -> Tensor:
+        with self._sites(present_B) as sites:
+            losses_B = losses(backend.norm_model)
+            kept = self._first_outputs(sites) if backend.forward_once else {}
+            squared_B = self._squared_norms(sites, losses_B, kept, retain_graph=backend.forward_once)
+            weights_B = _clip_weights(squared_B, self.bound, _counted(present_B, losses_B))
+            if not backend.forward_once:
+                for site in sites.values():
+                    site.uses.clear()
+                losses_B = losses(backend.model)
+            weighted = _WeightedPass(weights_B, backend.loss_scale)
+            with activate(weighted):
+                root = losses_B.sum()
+                backend.backward(root + _Seed.apply(*kept.values()) if kept else root)  # type: ignore[operator]
+            _require_reports(sites, weighted.visited)
+        return losses_B
+
+    def _first_outputs(self, sites: Mapping[str, Site]) -> dict[Use, Tensor]:
+        """The uses, with their outputs, that come first and make up at most the share `keep`."""
+        all_outputs = [pair for site in sites.values() for pair in site.uses]
+        room = self.keep * sum(output.nbytes for _, output in all_outputs)
+        filled = accumulate(output.nbytes for _, output in all_outputs)
+        return {use: output for (use, output), size in zip(all_outputs, filled, strict=True) if size <= room}
+
+    def _squared_norms(
+        self, sites: Mapping[str, Site], losses_B: Tensor, kept: Collection[Use], *, retain_graph: bool
+    ) -> Tensor:
+        norms = _NormPass(self.layers, sites, kept)
+        anchor = next(iter(sites.values())).anchor
+        with activate(norms):
+            torch.autograd.grad(losses_B.sum(), anchor, retain_graph=retain_graph, allow_unused=True)
+        _require_reports(sites, norms.visited)
+        return norms.squared_norms()
+
+
+class GroupWiseClipper(Clipper):
+    """Each layer clipped by itself, in one backward; layers that share a parameter are one group.
+
+    `bounds` (K,) holds each group's bound; the root of the sum of their squares is `bound`, and is the sensitivity.
+    With a `quantile`, each bound follows that quantile of its group's norms by `adapt`, from noised counts: a record
+    moves `counts` by at most sqrt(K) / 2 in L2.
+    """
+
+    def __init__(self, model: nn.Module, bound: float, quantile: float | None = None, rate: float = 0.2) -> None:
+        super().__init__(model, bound)
+        self.quantile, self.rate = quantile, rate
+        self.groups = _groups(self.layers)
+        num_groups = 1 + max(self.groups.values())
+        self.bounds = [bound / math.sqrt(num_groups)] * num_groups
+        self._counts = torch.zeros(num_groups)
+
+    def _accumulate(self, backend: Backend, losses: Losses, present_B: Tensor) -> Tensor:
+        with self._sites(present_B) as sites:
+            losses_B = losses(backend.model)
+            uses = Counter[int]()
+            for name, site in sites.items():
+                uses[self.groups[name]] += len(site.uses)
+            # Uses of one group may add up in one direction: each gets its share of the group's bound.
+            bounds = {name: self.bounds[group] / max(1, uses[group]) for name, group in self.groups.items()}
+            each = _GroupPass(bounds, _counted(present_B, losses_B), backend.loss_scale)
+            with activate(each):
+                backend.backward(losses_B.sum())
+            _require_reports(sites, each.visited)
+            if self.quantile is not None:
+                self._count(each.within, uses, present_B)
+        return losses_B
+
+    def take_counts(self) -> Tensor:
+        """For each group, the sum over the records since the last call of (1 if within its bound else 0) - 1/2."""
+        counts, self._counts = self._counts, torch.zeros_like(self._counts)
+        return counts
+
+    def adapt(self, noised_counts: Sequence[float], expected_batch_size: int) -> None:
+        """Move each bound towards the quantile (Andrew et al. 2021, Alg. 1); the sensitivity stays what it was."""
+        assert self.quantile is not None
+        within = [count / expected_batch_size + 0.5 for count in noised_counts]
+        moved = [b * math.exp(-self.rate * (w - self.quantile)) for b, w in zip(self.bounds, within, strict=True)]
+        self.bounds = [b * self.bound / math.hypot(*moved) for b in moved]
+
+    def _count(self, within: Mapping[str, list[Tensor]], uses: Counter[int], present_B: Tensor) -> None:
+        self._counts = self._counts.to(present_B.device)
+        self._counts -= 0.5 * present_B.sum()
+        for name, of_uses in within.items():
+            group = self.groups[name]
+            for within_B in of_uses:
+                self._counts[group] += within_B.sum() / uses[group]
+
+
+def make_clipper(engine: EngineName, model: nn.Module, bound: float) -> Clipper:
+    """The engine by its name in the configuration."""
+    if engine == "group_wise":
+        return GroupWiseClipper(model, bound)
+    return FlatClipper(model, bound, keep=1.0 if engine == "kept_gradients" else TWO_PASS_KEEPS)
+
+
+class _NormPass(Pass):
+    """Sums squared norms over parameters; those of a parameter used several times once all its uses are there."""
+
+    def __init__(self, layers: Mapping[str, PrivateLayer], sites: Mapping[str, Site], kept: Collection[Use]) -> None:
+        self.visited = set[Use]()
+        self._layers, self._kept = layers, kept
+        uses = Counter(layers[name].parameters[local] for name, site in sites.items() for local in _used(site))
+        self._several: dict[str, list[PerRecordGradient]] = {name: [] for name, number in uses.items() if number > 1}
+        self._squared_B: Tensor | None = None
+
+    def visit(self, use: Use, gradients: Gradients) -> Mapping[str, Tensor]:
+        self.visited.add(use)
+        keep = use in self._kept
+        for local, gradient in gradients.items():
+            parameter = self._layers[use.site.name].parameters[local]
+            if parameter in self._several:
+                self._several[parameter].append(gradient)
+            else:
+                self._add(gradient.squared_norms(reuse="later" if keep else None))
+        if keep:
+            use.kept = gradients
+        return {}
+
+    def squared_norms(self) -> Tensor:
+        for uses in self._several.values():
+            self._add(together(uses).squared_norms())
+        assert self._squared_B is not None, "no layer was visited"
+        return self._squared_B
+
+    def _add(self, squared_B: Tensor) -> None:
+        self._squared_B = squared_B if self._squared_B is None else self._squared_B + squared_B
+
+
+class _WeightedPass(Pass):
+    def __init__(self, weights_B: Tensor, loss_scale: float) -> None:
+        self.visited = set[Use]()
+        self._weights = RecordWeights(weights_B)
+        self._weights_of_kept = RecordWeights(weights_B * loss_scale)  # what was kept never met the scaled loss
+
+    def visit(self, use: Use, gradients: Gradients) -> Mapping[str, Tensor]:
+        self.visited.add(use)
+        weights = self._weights if use.kept is None else self._weights_of_kept
+        use.kept = None
+        return {name: gradient.weighted_sum(weights) for name, gradient in gradients.items()}
+
+
+class _GroupPass(Pass):
+    def __init__(self, bounds: Mapping[str, float], counted_B: Tensor, loss_scale: float) -> None:
+        self.visited = set[Use]()
+        self.within: dict[str, list[Tensor]] = {}
+        self._bounds, self._counted_B, self._loss_scale = bounds, counted_B, loss_scale
+
+    def visit(self, use: Use, gradients: Gradients) -> Mapping[str, Tensor]:
+        self.visited.add(use)
+        bound = self._bounds[use.site.name]
+        squared_B = (
+            sum(gradient.squared_norms(reuse="at_once") for gradient in gradients.values()) / self._loss_scale**2
+        )
+        assert isinstance(squared_B, Tensor)
+        self.within.setdefault(use.site.name, []).append((squared_B <= bound**2) & self._counted_B)
+        weights = RecordWeights(_clip_weights(squared_B, bound, self._counted_B))
+        return {name: gradient.weighted_sum(weights) for name, gradient in gradients.items()}
+
+
+class _Seed(torch.autograd.Function):
+    """A zero that depends on every output: its backward comes by at each layer, though no gradient flows there."""
+
+    @staticmethod
+    def forward(ctx: Any, *outputs: Tensor) -> Tensor:
+        ctx.of_outputs = [(output.shape, output.dtype) for output in outputs]
+        return outputs[0].new_zeros((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return tuple(grad.new_zeros((), dtype=dtype).expand(shape) for shape, dtype in ctx.of_outputs)
+
+
+def _counted(present_B: Tensor, losses_B: Tensor) -> Tensor:
+    return present_B & torch.isfinite(losses_B.detach())
+
+
+def _clip_weights(squared_B: Tensor, bound: float, counted_B: Tensor) -> Tensor:
+    """min(1, bound / norm) for each record that counts and is finite, zero for the others."""
+    squared_B = at_least_fp32(squared_B)
+    inside = bound * (1 - _ROUNDING_UNITS * torch.finfo(squared_B.dtype).eps)
+    weights_B = (inside / squared_B.sqrt()).clamp(max=1.0)  # norm 0 gives inf, clamped to 1
+    return torch.where(counted_B & torch.isfinite(squared_B), weights_B, torch.zeros_like(weights_B))
+
+
+def _used(site: Site) -> Iterator[str]:
+    return (local for use, _ in site.uses for local in use.parameters)
+
+
+def _require_reports(sites: Mapping[str, Site], visited: set[Use]) -> None:
+    """Refuse the step unless every use of every layer, and at least one, was visited by the pass."""
+    for name, site in sites.items():
+        reports = sum(use in visited for use, _ in site.uses)
+        if not site.uses or reports != len(site.uses):
+            raise RuntimeError(
+                f"layer {name!r} was used {len(site.uses)} times in the forward and reported its per-record gradients "
+                f"{reports} times: step refused; freeze a layer that the loss does not depend on"
+            )
+
+
+def _groups(layers: Mapping[str, PrivateLayer]) -> dict[str, int]:
+    """A group number for each layer: 0.., the same for layers that share a parameter."""
+    groups: dict[str, int] = {}
+    of_parameter: dict[str, int] = {}
+    for name, layer in layers.items():
+        met = sorted({of_parameter[p] for p in layer.parameters.values() if p in of_parameter})
+        group = met[0] if met else 1 + max(groups.values(), default=-1)
+        merged = {other: group for other in met}
+        groups = {n: merged.get(g, g) for n, g in groups.items()} | {name: group}
+        of_parameter = {p: merged.get(g, g) for p, g in of_parameter.items()}
+        of_parameter |= dict.fromkeys(layer.parameters.values(), group)
+    dense = {group: number for number, group in enumerate(dict.fromkeys(groups.values()))}
+    return {name: dense[group] for name, group in groups.items()}

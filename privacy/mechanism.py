@@ -4,27 +4,29 @@ For each step: the charge is durable in the ledger; then units are drawn; then c
 then noise is drawn for this very attempt; then the charge is marked done. Sampling, noise, accounting and ledger know
 nothing of each other: here they meet.
 
-One event covers both things a step releases, the noised gradient and the noised loss: scaled by their bounds they are
-one Gaussian release with 1/sigma^2 = 1/sigma_gradient^2 + 1/sigma_loss^2.
+One event covers all that a step releases: the noised gradient, the noised loss and, where clipping bounds adapt, the
+noised counts that move them. Scaled by their bounds they are one Gaussian release, with
+1/sigma^2 = 1/sigma_gradient^2 + 1/sigma_loss^2 + 1/sigma_counts^2.
 """
 
 from __future__ import annotations
 
 import hashlib
 import hmac
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from privacy.accounting import calibrate_noise, epsilon, max_charges
-from privacy.ledger import Charge, Ledger
-from privacy.noise import GaussianNoise
-from privacy.sampling import PoissonSampler
+from privacy.accounting import EpsilonCurve, Spent, calibrate_noise, epsilon, max_steps
+from privacy.ledger import Charge, Ledger, LedgerError
+from privacy.noise import BandedNoise, GaussianNoise, rounding_sensitivity
+from privacy.sampling import Method, Sampler, UserRecords, make_sampler
 from privacy.secrets import derive
 
 T = TypeVar("T")
@@ -41,20 +43,37 @@ class Terms:
     stage: str
     steps: int
     replay_steps: int  # charges kept back for steps that run again after a restart
+    charge_ahead: int  # steps charged at once: a crash wastes at most these
+    unit: Literal["record", "user"]
+    max_records: int  # of one unit in a step
     num_units: int
-    expected_batch_size: int
+    expected_batch_size: int  # units
+    sampling: Method
+    max_batch_size: int | None
+    cycle: int | None
+    bands: int  # of correlated noise; 1 for independent
+    clipping: str
     max_grad_norm: float
     loss_bound: float
     loss_share: float  # the share of 1/sigma^2 that buys the loss curve
+    counts_share: float  # and the share that buys adaptive clipping bounds; 0 where they are fixed
     target_epsilon: float
     delta: float
     dataset_cap: float | None
     secure_noise: bool
     operator_metrics: bool
 
-    @property
-    def sampling_rate(self) -> float:
-        return self.expected_batch_size / self.num_units
+    def sampler(self, key: bytes) -> Sampler:
+        """The draws under a key; events and costs do not depend on it."""
+        return make_sampler(
+            self.sampling,
+            key,
+            self.stage,
+            self.num_units,
+            self.expected_batch_size,
+            max_batch_size=self.max_batch_size,
+            cycle=self.cycle,
+        )
 
     @property
     def max_charges(self) -> int:
@@ -65,6 +84,16 @@ class Terms:
     def allowed_epsilon(self) -> float:
         """The epsilon that everything charged to this data set, by all runs and stages, may reach."""
         return min(self.target_epsilon, self.dataset_cap or self.target_epsilon)
+
+    def calibrate(self, spent: Spent = ()) -> float:
+        """The noise multiplier at which all steps and replays fit under the allowed epsilon, after what is spent."""
+        sampler = self.sampler(bytes(32))
+
+        def planned(noise: float) -> list[tuple[dict[str, Any], int]]:
+            # Replays count as the first steps anew: of any that repeat their events, these meet the fullest parts.
+            return sampler.planned(0, self.steps, noise) + sampler.planned(0, self.replay_steps, noise)
+
+        return calibrate_noise(self.allowed_epsilon, self.delta, planned, spent)
 
 
 class OwnedShard(Protocol):
@@ -77,9 +106,10 @@ class OwnedShard(Protocol):
 
 
 class Mechanism:
-    """Poisson-sampled Gaussian mechanism over a ledger that rank 0 writes and every rank obeys.
+    """A Gaussian mechanism on sampled batches, over a ledger that rank 0 writes and every rank obeys.
 
-    `ledger` is rank 0's, None elsewhere; `broadcast` hands every rank the value that rank 0 gives it.
+    `ledger` is rank 0's, None elsewhere; `broadcast` hands every rank the value that rank 0 gives it. `unit_of` gives
+    the unit of each record, int64 (records,), where a unit is a user.
     """
 
     def __init__(
@@ -91,6 +121,8 @@ class Mechanism:
         *,
         code_version: str,
         config_sha256: str,
+        operational: Sequence[str] = (),
+        unit_of: NDArray[np.int64] | None = None,
     ) -> None:
         if terms.expected_batch_size > terms.num_units:
             raise ValueError(
@@ -98,84 +130,100 @@ class Mechanism:
                 "units: the expected batch cannot exceed it"
             )
         self.terms, self._ledger, self._broadcast, self._code_version = terms, ledger, broadcast, code_version
-        plan: dict[str, Any] = self._on_rank_0(lambda ledger: self._plan(ledger, config_sha256))
-        self.event: dict[str, Any] = plan["event"]
-        self.noise_multiplier: float = self.event["noise_multiplier"]
-        self.gradient_multiplier = self.noise_multiplier / (1.0 - terms.loss_share) ** 0.5
-        self.loss_multiplier = self.noise_multiplier / terms.loss_share**0.5
-        self._charges_left: int = self._on_rank_0(self._affordable)
         # The ledger's id is in every key: only within one ledger are (stage, step, attempt) unique.
         ledger_id: str = self._on_rank_0(lambda ledger: ledger.ledger_id)
         sampling_key, noise_key, self._digest_key = (
             derive(master_secret, purpose, ledger_id) for purpose in ("sampling", "noise", "ledger-digest")
         )
-        self._sampler = PoissonSampler(sampling_key, terms.stage, terms.num_units, terms.sampling_rate)
-        self._noise = GaussianNoise(noise_key, terms.stage, "chacha20" if terms.secure_noise else "philox")
+        self._sampler = terms.sampler(sampling_key)
+        self._users = None
+        if unit_of is not None:
+            self._users = UserRecords(sampling_key, terms.stage, unit_of, terms.max_records)
+        recorded = {"config_sha256": config_sha256, "code_version": code_version, "operational": list(operational)}
+        plan: dict[str, Any] = self._on_rank_0(lambda ledger: self._plan(ledger, recorded))
+        self.noise_multiplier: float = plan["event"]["noise_multiplier"]
+        self.gradient_multiplier = self.noise_multiplier / (1.0 - terms.loss_share - terms.counts_share) ** 0.5
+        self._scalar_noise = GaussianNoise(noise_key, terms.stage, "chacha20" if terms.secure_noise else "philox")
+        self._gradient_noise = BandedNoise(self._scalar_noise, terms.bands) if terms.bands > 1 else self._scalar_noise
+        self._charged: deque[Charge] = deque()  # ahead of their steps
+        self._affordable: int | None = None  # known once it is known which step comes first
+        self._curve: EpsilonCurve | None = None
+        self._num_charged = 0  # by this process
 
-    def _plan(self, ledger: Ledger, config_sha256: str) -> dict[str, Any]:
+    def _plan(self, ledger: Ledger, recorded: dict[str, Any]) -> dict[str, Any]:
         """The stage's plan: the ledger's on a resume, or else calibrated from the budget that is left."""
         terms = self.terms
         found = ledger.planned(terms.stage)
-        if found is None:
-            event = {
-                "mechanism": "poisson_sampled_gaussian",
-                "sampling_rate": terms.sampling_rate,
-                "noise_multiplier": calibrate_noise(
-                    terms.allowed_epsilon, terms.delta, terms.sampling_rate, terms.max_charges, ledger.counts()
-                ),
-            }
-        else:
-            event = found["event"]
-        return ledger.plan(
-            terms.stage,
-            steps=terms.steps,
-            replay_steps=terms.replay_steps,
-            event=event,
-            max_grad_norm=terms.max_grad_norm,
-            loss_bound=terms.loss_bound,
-            loss_share=terms.loss_share,
-            expected_batch_size=terms.expected_batch_size,
-            target_epsilon=terms.target_epsilon,
-            secure_noise=terms.secure_noise,
-            operator_metrics=terms.operator_metrics,
-            config_sha256=config_sha256,
-            code_version=self._code_version,
-        )
-
-    def _affordable(self, ledger: Ledger) -> int:
-        """How many more attempts fit under the allowed epsilon, as far as the plan goes."""
-        planned = max(0, self.terms.max_charges - ledger.num_charges_of(self.terms.stage))
-        return max_charges(self.event, self.terms.allowed_epsilon, self.terms.delta, ledger.counts(), limit=planned)
+        needs_its_key = terms.sampling == "shuffled" or terms.bands > 1
+        if found is not None and needs_its_key and ledger.rotated_since_plan(terms.stage):
+            raise LedgerError(
+                f"the key of {ledger.path} was rotated since {terms.stage} began, and under another key its epochs or "
+                "its correlated noise would begin anew: run it as another stage, or in another run"
+            )
+        event = found["event"] if found else self._sampler.event(0, terms.calibrate(ledger.counts()))
+        promised = {
+            name: value for name, value in asdict(terms).items() if name not in ("stage", "steps", "delta", "unit")
+        }
+        return ledger.plan(terms.stage, steps=terms.steps, event=event, **promised, **recorded)
 
     def charge(self, step: int) -> Charge:
         """Charge one attempt at `step`, durably, before anything of it is drawn or computed; the same on every rank.
 
         Raises BudgetExhausted, with nothing charged, where the attempt would pass the allowed epsilon.
         """
-        if self._charges_left <= 0:
-            raise BudgetExhausted(
-                f"step {step} of {self.terms.stage} would pass epsilon {self.terms.allowed_epsilon:g} at delta "
-                f"{self.terms.delta:g}: stop here, or in another run raise privacy.target_epsilon or replay_steps"
-            )
-        charge: Charge = self._on_rank_0(
-            lambda ledger: ledger.charge(self.terms.stage, step, self.event, self._code_version)
-        )
-        self._charges_left -= 1
+        if not self._charged:
+            self._charged.extend(self._on_rank_0(lambda ledger: self._charge_ahead(ledger, step)))
+        charge = self._charged.popleft()
+        if charge.step != step:
+            raise ValueError(f"step {step} follows on none: the next one charged is {charge.step}")
         return charge
 
-    def draw(self, charge: Charge) -> NDArray[np.int64]:
-        """The units of this attempt, ascending: each is in with probability `sampling_rate`, independently."""
-        return self._sampler.draw(charge.step, charge.attempt)
+    def _charge_ahead(self, ledger: Ledger, step: int) -> list[Charge]:
+        terms, spent, sampler, noise = self.terms, ledger.counts(), self._sampler, self.noise_multiplier
+        if self._affordable is None:
 
-    def privatise(self, charge: Charge) -> Callable[[OwnedShard, Tensor], None]:
-        """What each owned shard of the clipped, reduced sum gets: this attempt's noise and the fixed divisor."""
-        std = self.gradient_multiplier * self.terms.max_grad_norm
+            def planned(num_steps: int) -> list[tuple[dict[str, Any], int]]:
+                return sampler.planned(step, num_steps, noise)
+
+            left = max(0, terms.max_charges - ledger.num_charges_of(terms.stage))
+            self._affordable = max_steps(planned, terms.allowed_epsilon, terms.delta, spent, limit=left)
+            self._curve = EpsilonCurve(planned, terms.delta, spent, limit=self._affordable)
+        number = min(terms.charge_ahead, self._affordable, terms.steps - step)
+        if number <= 0:
+            raise BudgetExhausted(
+                f"step {step} of {terms.stage} would pass epsilon {terms.allowed_epsilon:g} at delta "
+                f"{terms.delta:g}: stop here, or in another run raise privacy.target_epsilon or replay_steps"
+            )
+        steps = [(ahead, sampler.event(ahead, noise)) for ahead in range(step, step + number)]
+        charges = ledger.charge_ahead(terms.stage, steps, self._code_version)
+        self._affordable -= number
+        self._num_charged += number
+        return charges
+
+    def draw(self, charge: Charge) -> NDArray[np.int64]:
+        """The records of this attempt's units, (units, most records of a unit), -1 where a unit has fewer.
+
+        Units are ascending and a unit's records stand together; the same on every rank.
+        """
+        units = self._sampler.draw(charge.step, charge.attempt)
+        if self._users is None:
+            return units[:, None]
+        return self._users.draw(units, charge.step, charge.attempt)
+
+    def privatise(self, charge: Charge, num_elements: int) -> Callable[[OwnedShard, Tensor], None]:
+        """What each owned shard of the clipped, reduced sum gets: this attempt's noise and the fixed divisor.
+
+        num_elements: of the whole sum; rounding it to the noise's grid adds to its sensitivity.
+        """
+        terms = self.terms
+        std = self.gradient_multiplier * terms.max_grad_norm
+        std += self.gradient_multiplier * rounding_sensitivity(num_elements, 2 * std, terms.bands)
 
         def add_noise(shard: OwnedShard, gradient: Tensor) -> None:
-            self._noise.add_(
+            self._gradient_noise.add_(
                 gradient, name=shard.name, offset=shard.offset, step=charge.step, attempt=charge.attempt, std=std
             )
-            gradient.div_(self.terms.expected_batch_size)
+            gradient.div_(terms.expected_batch_size)
 
         return add_noise
 
@@ -186,10 +234,19 @@ class Mechanism:
 
     def release_loss(self, clipped_sum: Tensor, charge: Charge) -> float:
         """The noised mean loss of the attempt, from the sum over all ranks; already paid for by the charge."""
-        noised = clipped_sum.detach().reshape(1).double().cpu()
-        std = self.loss_multiplier * self.terms.loss_bound
-        self._noise.add_(noised, name="released loss", offset=0, step=charge.step, attempt=charge.attempt, std=std)
-        return float(noised) / self.terms.expected_batch_size
+        std = self.noise_multiplier / self.terms.loss_share**0.5 * self.terms.loss_bound
+        (noised,) = self._release("released loss", clipped_sum.reshape(1), std, charge)
+        return noised / self.terms.expected_batch_size
+
+    def release_counts(self, counts: Tensor, charge: Charge) -> list[float]:
+        """Noised counts (K,), each moved by at most 1/2 by one unit, summed over all ranks; paid for by the charge."""
+        std = self.noise_multiplier / self.terms.counts_share**0.5 * len(counts) ** 0.5 / 2
+        return self._release("released counts", counts, std, charge)
+
+    def _release(self, name: str, values: Tensor, std: float, charge: Charge) -> list[float]:
+        noised = values.detach().double().cpu()
+        self._scalar_noise.add_(noised, name=name, offset=0, step=charge.step, attempt=charge.attempt, std=std)
+        return [float(value) for value in noised]
 
     def done(self, charge: Charge, record_digests: Sequence[str]) -> None:
         """Mark the charge as used, with a keyed digest of the records that went in (a plain one could be guessed)."""
@@ -198,8 +255,8 @@ class Mechanism:
             self._ledger.done(charge, f"hmac-sha256:{keyed.hexdigest()}")
 
     def spent(self) -> float:
-        """Epsilon, at the terms' delta, of everything the ledger holds; 0 on ranks that hold no ledger."""
-        return 0.0 if self._ledger is None else epsilon(self._ledger.counts(), self.terms.delta)
+        """Epsilon, at the terms' delta, of all that is charged; a close upper bound. 0 on ranks without a ledger."""
+        return 0.0 if self._curve is None else self._curve(self._num_charged)
 
     def summary(self) -> dict[str, Any]:
         """What a manifest says of the promise: on rank 0, empty elsewhere."""
@@ -208,16 +265,21 @@ class Mechanism:
         return {
             "target_epsilon": self.terms.target_epsilon,
             "delta": self.terms.delta,
-            "epsilon": self.spent(),
+            "epsilon": epsilon(self._ledger.counts(), self.terms.delta),
             "noise_multiplier": self.noise_multiplier,
-            "sampling_rate": self.terms.sampling_rate,
+            "sampling": self.terms.sampling,
+            "expected_batch_size": self.terms.expected_batch_size,
+            "num_units": self.terms.num_units,
             "max_grad_norm": self.terms.max_grad_norm,
         }
 
     @property
     def head(self) -> str | None:
-        """The ledger's head, on rank 0; None elsewhere."""
-        return None if self._ledger is None else self._ledger.head
+        """The ledger's head, made durable, on rank 0; None elsewhere."""
+        if self._ledger is None:
+            return None
+        self._ledger.sync()
+        return self._ledger.head
 
     def statement(self) -> dict[str, Any] | None:
         """Where the ledger stands: path, head, number of charges, and the stage's name in it; None but on rank 0."""
@@ -225,7 +287,8 @@ class Mechanism:
             return None
         return {
             "path": str(self._ledger.path),
-            "head": self._ledger.head,
+            "head": self.head,
+            "public_key": self._ledger.public_key,
             "charges": self._ledger.num_charges,
             "stage": self.terms.stage,
         }

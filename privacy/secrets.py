@@ -49,13 +49,16 @@ def load_master_secret(key_file: Path | None, env: str = "SFUMATO_SECRET") -> by
     Refused (SecretError): neither is there, both are and differ, others may read the file, not 64 hex digits.
     """
     from_env = os.environ.get(env)
-    if key_file is not None and (from_env is None or key_file.exists()):
-        from_file = _read_key_file(key_file, env)
+    if key_file is not None and key_file.exists():
+        from_file = read_key_file(key_file)
         if from_env is not None and _decode(from_env, f"the environment variable {env}") != from_file:
             raise SecretError(f"{key_file} and the environment variable {env} hold different secrets: keep one of them")
         return from_file
     if from_env is None:
-        raise SecretError(f"no secret: name a key file (privacy.key_file) or set the environment variable {env}")
+        missing = (
+            "no secret: name a key file (privacy.key_file)" if key_file is None else f"{key_file} is missing: create it"
+        )
+        raise SecretError(f"{missing}, or set the environment variable {env}")
     return _decode(from_env, f"the environment variable {env}")
 
 
@@ -64,20 +67,32 @@ def derive(master: bytes, purpose: str, ledger_id: str) -> bytes:
 
     The ledger's id is the salt: it is the ledger that counts attempts, so two ledgers under one secret would otherwise
     draw the same noise for different inputs, and the difference would show the data.
+
+    Another master secret gives other keys, and no reuse: within one ledger each (stage, step, attempt) is charged once,
+    under whichever secret, so no key meets it twice. What one key must hold together over several steps (an epoch's
+    permutation, correlated noise) does not outlive a change: see `Ledger.rotated_since_plan`.
     """
     if purpose not in PURPOSES:
         raise ValueError(f"purpose is {purpose!r}: choose one of {', '.join(PURPOSES)}")
     if not ledger_id:
         raise ValueError("ledger_id is empty: give the id of the open ledger")
-    info = b"sfumato/1/" + purpose.encode()
-    return HKDF(algorithm=hashes.SHA256(), length=32, salt=ledger_id.encode(), info=info).derive(master)
+    return _expand(master, purpose, ledger_id.encode())
 
 
-def _read_key_file(path: Path, env: str) -> bytes:
+def signing_seed(master: bytes) -> bytes:
+    """The 32-byte Ed25519 private key that signs ledgers, by HKDF-SHA256 (RFC 5869).
+
+    Not salted by a ledger: one secret has one public key, which can be told to auditors before a ledger begins.
+    """
+    return _expand(master, "ledger-signing", None)
+
+
+def read_key_file(path: Path) -> bytes:
+    """The 32-byte master secret in a key file; SecretError where `load_master_secret` would refuse the file."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
-        raise SecretError(f"{path} is missing: create the key file, or set the environment variable {env}") from None
+        raise SecretError(f"{path} is missing: give the key file's right place") from None
     except OSError as error:
         raise SecretError(f"{path} cannot be read: {error.strerror}; run as the user who owns it") from error
     try:
@@ -90,6 +105,11 @@ def _read_key_file(path: Path, env: str) -> bytes:
         return _decode(os.read(descriptor, 4096).decode("ascii", "replace"), str(path))
     finally:
         os.close(descriptor)
+
+
+def _expand(master: bytes, purpose: str, salt: bytes | None) -> bytes:
+    info = b"sfumato/1/" + purpose.encode()
+    return HKDF(algorithm=hashes.SHA256(), length=32, salt=salt, info=info).derive(master)
 
 
 def _decode(text: str, place: str) -> bytes:

@@ -17,10 +17,10 @@ MAY_IMPORT = {
     "scripts": {"train", "privacy"},
 }
 # Inside privacy/ the parts do not know each other; these compose them. `events` is the vocabulary all may speak.
-COMPOSERS = {"privacy.mechanism", "privacy.audit"}
+COMPOSERS = {"privacy.mechanism", "privacy.ledger", "privacy.__main__"}
 VOCABULARY = {"privacy.events"}
 # What an auditor runs needs neither torch nor our kernels.
-AUDITORS_PART = ("ledger", "accounting", "sampling", "secrets", "events", "audit", "pii")
+AUDITORS_PART = ("ledger", "ledger_view", "accounting", "sampling", "secrets", "events", "audit", "empirical", "__main__", "pii")
 TOP_LEVEL = {
     ".ci",
     ".gitignore",

@@ -19,7 +19,7 @@ from checkpointing.store import newest_whole
 from kernels.noise import KEYSTREAMS, gaussian
 from models.dit import DiT, DiTConfig
 from models.flow import Objective
-from privacy.clipping import TwoPassClipper
+from privacy.clipping import Clipper, make_clipper
 from privacy.pii.patterns import detect
 from train.config import Optim, Parallel
 from train.data import ShardDataset
@@ -56,7 +56,7 @@ def dp() -> list[Row]:
     rows: list[Row] = []
     for records, image_size in ((16, 16), (16, 32)):
         backend = _one_process(config.model_copy(update={"image_size": image_size}))
-        clipper = TwoPassClipper(backend.module, 1.0)
+        clipper = make_clipper("two_pass", backend.module, 1.0)
         losses = _losses(backend.module, records)
         present = torch.ones(records, dtype=torch.bool, device=backend.world.device)
 
@@ -65,7 +65,7 @@ def dp() -> list[Row]:
 
         def private(
             backend: Backend = backend, losses: Callable[[nn.Module], Tensor] = losses,
-            clipper: TwoPassClipper = clipper, present: Tensor = present,
+            clipper: Clipper = clipper, present: Tensor = present,
         ) -> None:  # fmt: skip
             clipper.accumulate(backend, losses, present, last=True)
 

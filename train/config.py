@@ -26,7 +26,15 @@ StageName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 
 # What says how and where a stage runs, not what it computes. A stage may be resumed with other values of these (another
 # world size gives the same records, and weights that differ by rounding only), so its identity leaves them out.
-OPERATIONAL = ("parallel", "log", "checkpoint", "train.microbatch_size", "privacy.key_file", "expected_records")
+OPERATIONAL = (
+    "parallel",
+    "log",
+    "checkpoint",
+    "train.microbatch_size",
+    "privacy.key_file",
+    "privacy.charge_ahead",
+    "expected_records",
+)
 
 
 class Section(BaseModel):
@@ -106,17 +114,51 @@ class Log(Section):
     wandb: Literal["offline", "online", "disabled"] = "offline"
 
 
+class Sampling(Section):
+    """How a private stage draws its batches; the event each draw is charged as follows from it."""
+
+    method: Literal["poisson", "truncated_poisson", "cyclic_poisson", "shuffled"] = "poisson"
+    max_batch_size: Positive | None = None  # of truncated_poisson: what is drawn beyond it is dropped, by chance
+    cycle: Positive | None = None  # of cyclic_poisson: the data are read in so many parts, one a step, in turn
+
+    @model_validator(mode="after")
+    def _method_has_what_it_needs(self) -> Self:
+        for key, value, owner in (
+            ("max_batch_size", self.max_batch_size, "truncated_poisson"),
+            ("cycle", self.cycle, "cyclic_poisson"),
+        ):
+            if (value is None) == (self.method == owner):
+                has = "is missing" if value is None else f"is {value}"
+                raise ValueError(f"{key} {has} with method {self.method}: it goes with {owner}, and only there")
+        return self
+
+
+class AdaptiveBounds(Section):
+    """Group-wise bounds that follow a quantile of each group's norms, by counts that are noised and charged."""
+
+    quantile: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    rate: PositiveFloat = 0.2  # of each bound's logarithm, a step
+    share: Annotated[float, Field(gt=0, lt=0.5)] = 0.02  # of the privacy cost 1/sigma^2, as loss_share
+
+
 class Privacy(Section):
     """The promise of a private stage: (target_epsilon, delta) for adding or removing one `unit`."""
 
     target_epsilon: PositiveFloat
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
     max_grad_norm: PositiveFloat  # each unit's gradient is clipped to this L2 norm
+    # two_pass and kept_gradients clip whole gradients, and auto takes the faster one that fits; group_wise clips layers
+    clipping: Literal["auto", "two_pass", "kept_gradients", "group_wise"] = "auto"
+    adaptive_bounds: AdaptiveBounds | None = None  # of group_wise
     loss_bound: PositiveFloat = 2.0  # each unit's loss is clipped to [0, loss_bound] for the noised loss curve
     # The share of the privacy cost 1/sigma^2 that buys the loss curve: 1/sigma_loss^2 = loss_share / sigma^2.
-    loss_share: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    loss_share: Annotated[float, Field(gt=0, lt=0.5)] = 0.02
     replay_steps: Natural  # budget kept back for steps run again after a restart, in steps; calibrated in
-    unit: Literal["record"] = "record"
+    charge_ahead: Positive = 1  # steps charged by one write to the ledger; a crash wastes at most these
+    sampling: Sampling = Sampling()
+    bands: Positive = 1  # of noise correlated over steps (DP-BandMF), with cyclic_poisson; 1: independent noise
+    unit: Literal["record", "user"] = "record"
+    max_records_per_user: Positive | None = None  # of unit user: how many of one user's records a step reads
     dataset_cap: PositiveFloat | None = None  # epsilon that all runs on this data set together may spend
     ledger: str | None = None  # null: ledger.jsonl in the run folder
     key_file: str | None = None  # null: secret.key in the run folder, or the environment's SFUMATO_SECRET
@@ -129,6 +171,22 @@ class Privacy(Section):
             raise ValueError(
                 f"privacy.target_epsilon is {self.target_epsilon:g}, above privacy.dataset_cap {self.dataset_cap:g}: "
                 "lower the target or raise the cap"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _parts_go_together(self) -> Self:
+        if self.adaptive_bounds is not None and self.clipping != "group_wise":
+            raise ValueError(f"privacy.adaptive_bounds needs clipping group_wise, and it is {self.clipping}")
+        if self.bands > (self.sampling.cycle or 1):
+            raise ValueError(
+                f"privacy.bands is {self.bands}: correlated noise protects units that stay away for as many steps, so "
+                "set privacy.sampling to cyclic_poisson with a cycle no shorter"
+            )
+        if (self.unit == "user") != (self.max_records_per_user is not None):
+            raise ValueError(
+                f"privacy.unit is {self.unit} and privacy.max_records_per_user {self.max_records_per_user}: "
+                "unit user needs the number, and unit record takes none"
             )
         return self
 
@@ -237,14 +295,15 @@ class FinetuneStage(TrainStage):
 
     @model_validator(mode="after")
     def _nothing_undoes_the_mechanism(self) -> Self:
-        if self.parallel.compile:
-            raise ValueError(
-                "parallel.compile is true, but the clipped backward is not traced by torch.compile yet: set it to false"
-            )
         if self.train.max_grad_norm is not None:
             raise ValueError(
                 f"train.max_grad_norm is {self.train.max_grad_norm:g} in a private stage, which clips each record by "
                 "privacy.max_grad_norm and never the noised sum: set train.max_grad_norm to null"
+            )
+        if self.privacy.clipping == "kept_gradients" and self.parallel.backend == "zero3":
+            raise ValueError(
+                "privacy.clipping is kept_gradients under parallel.backend zero3, which releases each weight after one "
+                "backward: set privacy.clipping to auto, or parallel.backend to fsdp2"
             )
         return self
 

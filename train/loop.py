@@ -16,18 +16,17 @@ from checkpointing.failpoints import failpoint
 from checkpointing.sharded import Checkpoint, Chunk, Kind, latest, save
 from checkpointing.store import prune
 from models.dit import DiT, DiTConfig
-from privacy.clipping import TwoPassClipper
-from privacy.ledger import Ledger, LedgerError, read_ledger
-from privacy.mechanism import Mechanism, Terms
-from privacy.secrets import load_master_secret
+from privacy.clipping import Clipper
+from privacy.mechanism import Mechanism
 from train.config import FinetuneStage, TrainStage
 from train.data import Indices, Prefetcher, ShardDataset, public_batch
 from train.hardware import find_hardware
 from train.metrics import MetricsLogger, Throughput, plot_curves, read_metrics
 from train.optim import ExponentialMovingAverage
 from train.parallel import Backend, Shard, World, shard_model
+from train.private import clipping_state, open_mechanism, stage_clipper
 from train.progress import Progress
-from train.run_folder import RunFolder, code_version
+from train.run_folder import RunFolder
 from train.step import Batches, PrivateStep, PublicStep, StepReport
 
 CHECKPOINTS = "checkpoints"
@@ -94,7 +93,7 @@ def train(stage: TrainStage, run: RunFolder, world: World, fencing_epoch: int) -
             _require_same_config(checkpoint, stage)
         mechanism = None
         if isinstance(stage, FinetuneStage):
-            mechanism = stack.enter_context(_open_mechanism(stage, run, world, dataset, fencing_epoch, checkpoint))
+            mechanism = stack.enter_context(open_mechanism(stage, run, world, dataset, fencing_epoch, checkpoint))
         model = DiT(config)
         _load_weights(model, stage, run, checkpoint)
         backend = shard_model(
@@ -113,12 +112,13 @@ def train(stage: TrainStage, run: RunFolder, world: World, fencing_epoch: int) -
             first = checkpoint.step
             _restore(checkpoint, backend, average)
         batches = Batches(stage, config, world)
+        clipper = None
         if mechanism is None:
             prefetcher = stack.enter_context(_prefetcher(stage, dataset, batches))
             step_once = PublicStep(stage, batches, backend, average, prefetcher)
         else:
             assert isinstance(stage, FinetuneStage)
-            clipper = TwoPassClipper(backend.module, stage.privacy.max_grad_norm)
+            clipper = stage_clipper(stage, config, backend, checkpoint)
             step_once = PrivateStep(stage, batches, backend, average, clipper, mechanism, dataset)
 
         log = stack.enter_context(_Log(stage, folder, world, model, first, mechanism))
@@ -128,7 +128,7 @@ def train(stage: TrainStage, run: RunFolder, world: World, fencing_epoch: int) -
             done = step + 1
             stopping = world.any(stop.is_set())
             if done % stage.checkpoint.every == 0 or done == stage.train.steps or stopping:
-                saved = _save(folder / CHECKPOINTS, done, stage, backend, average, mechanism)
+                saved = _save(folder / CHECKPOINTS, done, stage, backend, average, mechanism, clipper)
                 failpoint("checkpoint.saved", step=done)
             if stopping and done < stage.train.steps:
                 raise Preempted(f"stage {stage.name} was told to stop: step {done} of {stage.train.steps} is saved")
@@ -233,76 +233,6 @@ def _stop_on_signal() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def mechanism_terms(stage: FinetuneStage, run: RunFolder, num_units: int) -> Terms:
-    """The mechanism's terms, from the stage's configuration, the run it belongs to, and the size of its data set."""
-    keys = (
-        "replay_steps",
-        "max_grad_norm",
-        "loss_bound",
-        "loss_share",
-        "target_epsilon",
-        "delta",
-        "dataset_cap",
-        "secure_noise",
-        "operator_metrics",
-    )
-    return Terms(
-        stage=f"{run.run_id}/{stage.name}",
-        steps=stage.train.steps,
-        num_units=num_units,
-        expected_batch_size=stage.train.batch_size,
-        **{key: getattr(stage.privacy, key) for key in keys},
-    )
-
-
-@contextmanager
-def _open_mechanism(
-    stage: FinetuneStage,
-    run: RunFolder,
-    world: World,
-    dataset: ShardDataset,
-    fencing_epoch: int,
-    resumed: Checkpoint | None,
-) -> Iterator[Mechanism]:
-    """The stage's mechanism, with the ledger open on rank 0 for as long as the context lasts."""
-    privacy, path = stage.privacy, run.ledger_path(stage)
-    assert path is not None
-    secret = load_master_secret(Path(privacy.key_file) if privacy.key_file else run.path / "secret.key")
-    with ExitStack() as stack:
-        ledger = None
-        if world.rank == 0:
-            if resumed is not None:
-                _require_ledger_of(resumed, path)
-            ledger = stack.enter_context(
-                Ledger.open(
-                    path,
-                    delta=privacy.delta,
-                    unit=privacy.unit,
-                    dataset_root=dataset.root,
-                    dataset_cap=privacy.dataset_cap,
-                    fencing_epoch=fencing_epoch,
-                )
-            )
-        yield Mechanism(
-            mechanism_terms(stage, run, len(dataset)),
-            secret,
-            ledger,
-            world.broadcast,
-            code_version=code_version(),
-            config_sha256=stage.sha256(),
-        )
-
-
-def _require_ledger_of(checkpoint: Checkpoint, path: Path) -> None:
-    """Refuse a ledger that does not know of the checkpoint: a lost one would begin the budget anew."""
-    head = checkpoint.state["ledger_head"]
-    if not path.exists() or head not in read_ledger(path, [head]).heads:
-        raise LedgerError(
-            f"{checkpoint.folder} was charged to a ledger that held {head[:12]}.., and {path} does not: "
-            "restore the ledger; without it nobody can say what these weights have cost"
-        )
-
-
 def _require_classes(dataset: ShardDataset, config: DiTConfig) -> None:
     beyond = int(dataset.labels.max(initial=-1))
     if beyond >= config.num_classes:
@@ -362,6 +292,7 @@ def _save(
     backend: Backend,
     average: ExponentialMovingAverage,
     mechanism: Mechanism | None,
+    clipper: Clipper | None,
 ) -> Path:
     world = backend.world
     tensors: list[tuple[Kind, Shard, torch.Tensor]] = [
@@ -379,6 +310,7 @@ def _save(
         "config_sha256": stage.sha256(),
         "model": backend.module.config.model_dump(),  # type: ignore[union-attr]
         "ledger_head": None if mechanism is None else mechanism.head,
+        **clipping_state(clipper),
     }
     folder = save(root, step, chunks, state, rank=world.rank, world_size=world.size, gather=world.gather)
     if world.rank == 0:

@@ -5,6 +5,7 @@ every owned gradient shard to a callback just before AdamW reads it. Whatever th
 ranks and microbatches has then been reduced in fp32, and each element is shown on every rank that holds it.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -98,7 +99,8 @@ Transform = Callable[[Shard, Tensor], None]
 class Backend:
     """One process on its own (`single`), and what all backends share."""
 
-    forward_once = True
+    forward_once = True  # one forward serves several backwards
+    loss_scale = 1.0  # what `backward` multiplies gradients by, and a later division undoes
 
     def __init__(self, module: nn.Module, world: World, optim: Optim, max_grad_norm: float | None) -> None:
         self.module, self.world, self.max_grad_norm = module, world, max_grad_norm
@@ -160,6 +162,11 @@ class Backend:
             if id(shard.holder) in stepped:
                 assert shard.holder.grad is not None, f"{shard.name} reached the optimizer without a gradient"
                 self._transform(shard, shard.of(shard.holder.grad))
+
+    @property
+    def num_elements(self) -> int:
+        """Trainable elements of the whole model."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
 
     def stored_range(self, shard: Shard) -> tuple[int, int]:
         """The part [start, stop) of the shard that this rank writes to a checkpoint: replicas share the writing."""
@@ -248,6 +255,7 @@ class Zero(Backend):
         # ZeRO-3 releases each gathered weight after its backward, so the gradient pass needs a forward of its own.
         self.forward_once = stage < 3
         super().__init__(*args)
+        self.loss_scale = float(self.world.size)
 
     def _wrap(self, make_optimizer: Callable[[Any], torch.optim.AdamW]) -> None:
         import deepspeed
@@ -288,7 +296,7 @@ class Zero(Backend):
         yield
 
     def backward(self, loss: Tensor) -> None:
-        self.engine.backward(loss * self.world.size)
+        self.engine.backward(loss * self.loss_scale)
 
     def _step(self) -> None:
         self.engine.step()

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from models.dit import DiTConfig
 from train.config import DiTModel, FinetuneStage, IngestStage, Parallel, StageConfig, TrainStage, check_batch
 from train.hardware import Hardware, find_hardware, known_hardware
 from train.launchers import Placement, stage_command, worker_arguments
@@ -38,12 +39,16 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class PrivacyPlan:
-    """What a private stage will spend at `delta`: `epsilon` for its steps alone, at most `target` with the replays."""
+    """What a private stage will spend at `delta`: `epsilon` for its steps alone, at most `target` with all before it.
 
-    num_records: int
+    `spent` is what its ledger holds already, of this run or of others on the same data set.
+    """
+
+    num_units: int
     sampling_rate: float
     noise_multiplier: float
     epsilon: float
+    spent: float
     target: float
     delta: float
 
@@ -83,16 +88,18 @@ def _plan_stage(recipe: Recipe, stage: StageConfig, run_dir: Path, placement: Pl
     memory = plan_memory(stage, model, num_parameters, largest, world_size)
     privacy, notes = None, []
     if isinstance(stage, FinetuneStage):
+        from privacy.accounting import delta_warning
+
         num_records = count_records(recipe, stage, run_dir)
         if num_records is None:
             notes.append("epsilon: the number of records is not known before the data is there; set expected_records")
         else:
-            privacy = plan_privacy(stage, num_records)
-            if stage.privacy.delta >= 1 / num_records:
-                notes.append(
-                    f"privacy.delta {stage.privacy.delta:g} is not below 1/{num_records}: "
-                    "it would allow giving away a record whole"
-                )
+            ledger = Path(stage.privacy.ledger) if stage.privacy.ledger else run_dir / "ledger.jsonl"
+            privacy = plan_privacy(stage, num_records, ledger)
+            if privacy is None:
+                notes.append(f"epsilon: all that is allowed on this data set is spent ({ledger})")
+            warning = delta_warning(stage.privacy.delta, num_records)
+            notes += [warning] if warning else []
     return StagePlan(
         stage.name, stage.kind, command, world_size, num_parameters, memory, _fits(stage, memory), privacy, tuple(notes)
     )
@@ -144,25 +151,34 @@ def activation_bytes(model: DiTModel, rows: int, element: int, parallel: Paralle
     return rows * kept * element
 
 
-def plan_privacy(stage: FinetuneStage, num_records: int) -> PrivacyPlan:
-    """Calibrate the noise as the stage will, on an empty ledger: the target holds with every replay step used."""
-    from privacy.accounting import calibrate_noise, epsilon
+def kept_gradient_bytes(model: DiTConfig, rows: int, element: int) -> int:
+    """Bytes that kept_gradients adds for one microbatch: N D (5 + r) a block, the outputs of its linear layers."""
+    return rows * element * model.depth * model.num_tokens * model.width * (5 + model.mlp_ratio)
 
-    privacy, steps = stage.privacy, stage.train.steps
-    sampling_rate = stage.train.batch_size / num_records
-    if sampling_rate > 1:
+
+def plan_privacy(stage: FinetuneStage, num_units: int, ledger: Path) -> PrivacyPlan | None:
+    """Calibrate the noise as the stage will, after what its ledger holds: the target holds with every replay used.
+
+    None where nothing is left to spend.
+    """
+    from privacy.accounting import epsilon
+    from privacy.ledger import read_ledger
+    from train.private import mechanism_terms
+
+    if stage.train.batch_size > num_units:
         raise ConfigError(
-            f"{stage.name}: train.batch_size is {stage.train.batch_size}, but split {stage.split} has {num_records} "
-            f"records: lower it to at most {num_records}"
+            f"{stage.name}: train.batch_size is {stage.train.batch_size}, but split {stage.split} has {num_units} "
+            f"units: lower it to at most {num_units}"
         )
-    noise = calibrate_noise(privacy.target_epsilon, privacy.delta, sampling_rate, steps + privacy.replay_steps)
-    event = {
-        "mechanism": "poisson_sampled_gaussian",
-        "sampling_rate": sampling_rate,
-        "noise_multiplier": noise,
-    }
-    spent = epsilon([(event, steps)], privacy.delta)
-    return PrivacyPlan(num_records, sampling_rate, noise, spent, privacy.target_epsilon, privacy.delta)
+    terms = mechanism_terms(stage, stage.name, num_units)
+    counts = read_ledger(ledger).counts if ledger.exists() else {}
+    spent = epsilon(counts, terms.delta)
+    if spent >= terms.allowed_epsilon:
+        return None
+    noise = terms.calibrate(counts)
+    cost = epsilon(terms.sampler(bytes(32)).planned(0, terms.steps, noise), terms.delta)
+    rate = terms.expected_batch_size / num_units
+    return PrivacyPlan(num_units, rate, noise, cost, spent, terms.allowed_epsilon, terms.delta)
 
 
 def count_records(recipe: Recipe, stage: TrainStage, run_dir: Path) -> int | None:

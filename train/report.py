@@ -47,8 +47,9 @@ def print_plan(console: Console, recipe: str, plans: Sequence[StagePlan]) -> Non
         if stage.privacy is not None:
             privacy = stage.privacy
             console.print(
-                f"{stage.name}: {privacy.num_records} records, sampling rate {privacy.sampling_rate:.6g}; "
-                f"epsilon without replays, {privacy.target:g} with all of them",
+                f"{stage.name}: {privacy.num_units} units, sampling rate {privacy.sampling_rate:.6g}; epsilon without "
+                f"replays, {privacy.target:g} with all of them and with what was spent before; the data set has spent "
+                f"{privacy.spent:.3f} and has {max(0.0, privacy.target - privacy.spent):.3f} left",
                 highlight=False,
             )
         for note in stage.notes:

@@ -14,11 +14,11 @@ from PIL import Image
 from checkpointing.sharded import latest
 from privacy.ledger import Ledger, read_ledger
 from privacy.mechanism import Mechanism
-from privacy.secrets import create_key_file, load_master_secret
+from privacy.secrets import create_key_file, load_master_secret, signing_seed
 from tests.integration.private_stage import STEPS, stage_for
 from train.data import ShardDataset
 from train.images import encode_png
-from train.loop import mechanism_terms
+from train.private import ledger_name, mechanism_terms
 from train.recipe import load_stage
 from train.run_folder import RunFolder, now
 from train.shards import Record, write_shards
@@ -66,11 +66,16 @@ def prepare(folder: Path) -> None:
     run.write_manifest(filtered, inputs={}, started=now(), seconds=0.0, metrics=metrics, outputs={})
     create_key_file(folder / "secret.key")
     stage, dataset = stage_for("single", 1), ShardDataset(folder / "filter" / "private", "private")
+    secret = load_master_secret(folder / "secret.key")
     with Ledger.open(
-        folder / "ledger.jsonl", delta=1e-5, unit="record", dataset_root=dataset.root, fencing_epoch=1
+        folder / "ledger.jsonl",
+        delta=1e-5,
+        unit="record",
+        dataset_root=dataset.root,
+        signing_seed=signing_seed(secret),
+        fencing_epoch=1,
     ) as ledger:
-        secret = load_master_secret(folder / "secret.key")
-        terms = mechanism_terms(stage, run, len(dataset))
+        terms = mechanism_terms(stage, ledger_name(run, stage), len(dataset))
         Mechanism(terms, secret, ledger, lambda value: value, code_version="test", config_sha256=stage.sha256())
 
 

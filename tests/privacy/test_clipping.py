@@ -10,7 +10,7 @@ from kernels.per_record import PerRecordModule
 from models.dit import DiT, DiTConfig
 from models.flow import Objective
 from models.layers import Embedding, Linear
-from privacy.clipping import TwoPassClipper, check_model
+from privacy.clipping import check_model, make_clipper
 
 BOUND = 0.7
 
@@ -19,6 +19,7 @@ class OneProcess:
     """The smallest backend: plain autograd."""
 
     forward_once = True
+    loss_scale = 1.0
 
     def __init__(self, model: nn.Module) -> None:
         self.model = self.norm_model = model
@@ -49,7 +50,7 @@ def batch(size: int, seed: int = 1):
 def clipped_sum(model: DiT, records, present: Tensor) -> Tensor:
     model.zero_grad()
     images, labels, t, noise = records
-    TwoPassClipper(model, BOUND).accumulate(
+    make_clipper("two_pass", model, BOUND).accumulate(
         OneProcess(model), lambda m: Objective().losses(m, images, labels, t, noise), present, last=True
     )
     return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
@@ -111,7 +112,7 @@ class Shared(nn.Module):
 def test_a_layer_that_reports_twice_refuses_the_step() -> None:
     model, x = Shared(), torch.randn(3, 4)
     with pytest.raises(RuntimeError, match="'layer' reported its per-record norms 2 times"):
-        TwoPassClipper(model, 1.0).accumulate(
+        make_clipper("two_pass", model, 1.0).accumulate(
             OneProcess(model), lambda m: m(x).square().sum(1), torch.ones(3, dtype=torch.bool), last=True
         )
     assert model.layer.norm_row is None
@@ -121,7 +122,7 @@ def test_a_layer_that_never_runs_refuses_the_step() -> None:
     model = nn.ModuleDict({"used": Linear(4, 4), "idle": Linear(4, 4)})
     x = torch.randn(3, 4)
     with pytest.raises(RuntimeError, match="'idle' reported its per-record norms 0 times"):
-        TwoPassClipper(model, 1.0).accumulate(
+        make_clipper("two_pass", model, 1.0).accumulate(
             OneProcess(model), lambda m: m["used"](x).square().sum(1), torch.ones(3, dtype=torch.bool), last=True
         )
 
@@ -147,7 +148,7 @@ def test_a_model_with_everything_frozen_is_refused() -> None:
 @pytest.mark.parametrize("bound", [0.0, -1.0, float("inf"), float("nan")])
 def test_a_bound_that_bounds_nothing_is_refused(bound: float) -> None:
     with pytest.raises(ValueError, match="max_grad_norm"):
-        TwoPassClipper(small_dit(), bound)
+        make_clipper("two_pass", small_dit(), bound)
 
 
 def test_every_layer_of_the_model_reports() -> None:

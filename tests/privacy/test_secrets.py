@@ -9,7 +9,15 @@ import pytest
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from privacy.secrets import PURPOSES, SecretError, create_key_file, derive, load_master_secret
+from privacy.secrets import (
+    PURPOSES,
+    SecretError,
+    create_key_file,
+    derive,
+    load_master_secret,
+    read_key_file,
+    signing_seed,
+)
 
 HEX = "ab" * 32
 
@@ -114,3 +122,30 @@ def test_an_unknown_purpose_and_a_missing_ledger_are_refused() -> None:
         derive(bytes(32), "signing", "ledger")
     with pytest.raises(ValueError, match="ledger_id is empty"):
         derive(bytes(32), "noise", "")
+
+
+def test_the_signing_seed_is_of_its_own_purpose_and_one_for_all_ledgers() -> None:
+    master = os.urandom(32)
+    expected = HKDF(hashes.SHA256(), 32, salt=None, info=b"sfumato/1/ledger-signing").derive(master)
+    assert signing_seed(master) == expected
+    assert signing_seed(bytes(32)) != expected
+    assert signing_seed(master) not in {derive(master, purpose, "ledger") for purpose in PURPOSES}
+
+
+def test_a_changed_secret_changes_every_key_of_a_ledger() -> None:
+    old, new = os.urandom(32), os.urandom(32)
+    for purpose in PURPOSES:
+        assert derive(old, purpose, "ledger") != derive(new, purpose, "ledger")
+
+
+def test_a_key_file_is_read_alone_whatever_the_environment_holds(
+    key_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = load_master_secret(key_file)
+    monkeypatch.setenv("SFUMATO_SECRET", HEX)
+    assert read_key_file(key_file) == expected
+    key_file.chmod(0o644)
+    with pytest.raises(SecretError, match=r"mode 0644.*chmod 600"):
+        read_key_file(key_file)
+    with pytest.raises(SecretError, match="is missing"):
+        read_key_file(key_file.with_name("nowhere"))

@@ -1,0 +1,263 @@
+"""Per-record gradients in factored form: norms and weighted sums of what is never formed for a single record.
+
+The gradient of one parameter for one record is nearly always a short sum of outer products, one a token, whose factors
+a backward pass has at hand anyway: the layer's input and the gradient of its output. Its norm and its clip-weighted sum
+over records follow from the factors alone.
+
+Source: norms by Gram matrices, Goodfellow 2015 (arXiv:1510.01799) and Li et al. 2022 (arXiv:2110.05679, Eq. 3); the
+cheaper form of the two chosen by layer, Bu et al. 2022 (arXiv:2205.10683, Sec. 4.3).
+
+Rounding guard. Where a record's tokens cancel (huge factors, small sum), a norm computed in floating point can fall
+short of the true one by any amount, and so could be made to escape its clipping bound. `squared_norms` therefore never
+returns less than a fixed share of the *spread*, (sum_n ||left_n|| ||right_n||)^2, in whose units rounding errors are
+small. Ordinary gradients lie far above that floor and are returned as computed; a record below it is clipped too hard
+rather than too little.
+"""
+
+# B records, G groups, N tokens, P right features, D left features
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# The floor is spread / (cancellation allowed). A Gram norm errs in units of the spread itself, one from a formed sum in
+# units of its root. Tokens of random direction cancel to spread / N.
+_GRAM_CANCELLATION_PER_TOKEN = 16.0
+_SUM_CANCELLATION = 2.0**20
+
+# Measured on a CPU (docs/results/bench_dp.json): a symmetric product in this many bands takes (1 + 1/bands) / 2 of the
+# time, and a word written and read again takes that of about as many multiply-adds.
+_GRAM_BANDS = 4
+_MULTIPLY_ADDS_A_WORD = 24
+_MOST_FORMED_BYTES = 1 << 25  # above it, glibc maps memory anew at each allocation, and its first touch costs more
+
+Reuse = Literal["at_once", "later"] | None
+
+
+class RecordWeights:
+    """A weight for each record. Guarantee: weight zero leaves no trace, though the record's values be inf or NaN."""
+
+    def __init__(self, weights_B: Tensor) -> None:
+        self.weights_B = weights_B
+        self._excluded_B = weights_B == 0
+        self._any_excluded = bool(self._excluded_B.any())
+
+    def mask(self, x_B: Tensor) -> Tensor:
+        """`x_B` (B, ...) in at least fp32, excluded records at zero: 0 * inf would be NaN."""
+        x_B = at_least_fp32(x_B)
+        return x_B.masked_fill(_along(self._excluded_B, x_B), 0.0) if self._any_excluded else x_B
+
+    def scale(self, x_B: Tensor) -> Tensor:
+        """`mask(x_B)` times each record's weight."""
+        x_B = self.mask(x_B)
+        return x_B * _along(self.weights_B, x_B).to(x_B.dtype)
+
+
+class PerRecordGradient(Protocol):
+    """Every record's gradient of one parameter."""
+
+    def squared_norms(self, *, reuse: Reuse = None) -> Tensor:
+        """Squared L2 norm of each record's gradient, (B,), in at least fp32, not below the rounding guard's floor.
+
+        reuse: when `weighted_sum` will be asked of this object too, in which case gradients that were formed are kept:
+        "at_once", or "later", with those of many other layers in memory meanwhile.
+        """
+        ...
+
+    def weighted_sum(self, weights: RecordWeights) -> Tensor:
+        """sum_b weights[b] * gradient_b, of the parameter's shape, in at least fp32."""
+        ...
+
+    def outer_products(self) -> OuterProducts:
+        """The same gradients as outer products, so that several uses of one parameter can be put together."""
+        ...
+
+
+@dataclass(eq=False)
+class OuterProducts:
+    """gradient_b = sum_n left[b, g, n] (x) right[b, g, n] for each group g; stacked over g, of shape `shape`."""
+
+    left_BGND: Tensor
+    right_BGNP: Tensor
+    shape: torch.Size
+    _formed_BGDP: Tensor | None = None  # each record's gradient, where that takes about as little room as its factors
+
+    def squared_norms(self, *, reuse: Reuse = None) -> Tensor:
+        left, right = (at_least_fp32(x).flatten(0, 1) for x in (self.left_BGND, self.right_BGNP))
+        N, D, P = left.shape[1], left.shape[2], right.shape[2]
+        if N == 1:
+            squared = left.square().sum((1, 2)) * right.square().sum((1, 2))
+        elif _forming_pays(N, D, P, left.shape[0] * D * P * left.itemsize, reuse):
+            formed = torch.bmm(left.mT, right)
+            spread = (_row_norms(left) * _row_norms(right)).sum(1).square()
+            exact = torch.linalg.vector_norm(formed, dim=(1, 2)).square()
+            squared = torch.maximum(exact, spread / _SUM_CANCELLATION)
+            if reuse is not None:
+                self._formed_BGDP = formed.view(*self.left_BGND.shape[:2], D, P)
+                self.left_BGND, self.right_BGNP = self.left_BGND[:, :, :0], self.right_BGNP[:, :, :0]
+        else:
+            squared = _squared_norms_by_gram(left, right)
+        return squared.view(self.left_BGND.shape[:2]).sum(1)
+
+    def weighted_sum(self, weights: RecordWeights) -> Tensor:
+        if self._formed_BGDP is not None:
+            formed_BGDP = weights.mask(self._formed_BGDP)
+            return (weights.weights_B.to(formed_BGDP.dtype) @ formed_BGDP.flatten(1)).view(self.shape)
+        left, right = self.left_BGND, self.right_BGNP
+        if left.shape[-1] <= right.shape[-1]:  # weigh the smaller factor
+            left, right = weights.scale(left), weights.mask(right)
+        else:
+            left, right = weights.mask(left), weights.scale(right)
+        if left.shape[1] == 1:
+            return (left.flatten(0, 2).mT @ right.flatten(0, 2)).view(self.shape)
+        return torch.einsum("bgnd,bgnp->gdp", left, right).reshape(self.shape)
+
+    def outer_products(self) -> OuterProducts:
+        return self
+
+
+@dataclass(frozen=True, eq=False)
+class TokenSum:
+    """gradient_b = sum_n left[b, n]: a bias, or (with one token) any tensor that has a copy for each record."""
+
+    left_BND: Tensor
+    shape: torch.Size
+
+    def squared_norms(self, *, reuse: Reuse = None) -> Tensor:
+        left_BND = at_least_fp32(self.left_BND)
+        if left_BND.shape[1] == 1:
+            return left_BND.square().sum((1, 2))
+        return torch.maximum(left_BND.sum(1).square().sum(1), _row_norms(left_BND).sum(1).square() / _SUM_CANCELLATION)
+
+    def weighted_sum(self, weights: RecordWeights) -> Tensor:
+        sums_BD = weights.mask(self.left_BND).sum(1)
+        return (weights.weights_B.to(sums_BD.dtype) @ sums_BD).view(self.shape)
+
+    def outer_products(self) -> OuterProducts:
+        ones_B1N1 = self.left_BND.new_ones(1, 1, 1, 1).expand(self.left_BND.shape[0], 1, self.left_BND.shape[1], 1)
+        return OuterProducts(ones_B1N1, self.left_BND[:, None], self.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class RowSums:
+    """gradient_b adds left[b, n] to row rows[b, n] of a table: an embedding. Rows of -1 (padding) add nothing."""
+
+    rows_BN: Tensor
+    left_BND: Tensor
+    shape: torch.Size
+
+    @cached_property
+    def _added(self) -> Tensor:  # (B, N, D)
+        return at_least_fp32(self.left_BND).masked_fill((self.rows_BN < 0)[..., None], 0.0)
+
+    def squared_norms(self, *, reuse: Reuse = None) -> Tensor:
+        left_BND = self._added
+        if left_BND.shape[1] == 1:
+            return left_BND.square().sum((1, 2))
+        same_BNN = (self.rows_BN[:, :, None] == self.rows_BN[:, None, :]).to(left_BND.dtype)
+        return _guarded_gram(torch.bmm(left_BND, left_BND.mT), same_BNN)
+
+    def weighted_sum(self, weights: RecordWeights) -> Tensor:
+        weighted_BND = weights.scale(self._added)
+        total = weighted_BND.new_zeros(self.shape)
+        return total.index_add_(0, self.rows_BN.clamp(min=0).reshape(-1), weighted_BND.flatten(0, 1))
+
+    def outer_products(self) -> OuterProducts:
+        one_hot_BNV = F.one_hot(self.rows_BN.clamp(min=0), self.shape[0]).to(self._added.dtype)
+        return OuterProducts(one_hot_BNV[:, None], self._added[:, None], self.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertOuterProducts:
+    """gradient_b of expert e = sum over the tokens n sent to it of left[b, n] (x) right[b, n]; shape (E, D, P)."""
+
+    experts_BN: Tensor
+    left_BND: Tensor
+    right_BNP: Tensor
+    shape: torch.Size
+
+    def squared_norms(self, *, reuse: Reuse = None) -> Tensor:
+        left_BND, right_BNP = at_least_fp32(self.left_BND), at_least_fp32(self.right_BNP)
+        same_BNN = self.experts_BN[:, :, None] == self.experts_BN[:, None, :]
+        right_gram_BNN = torch.bmm(right_BNP, right_BNP.mT) * same_BNN
+        return _guarded_gram(torch.bmm(left_BND, left_BND.mT), right_gram_BNN)
+
+    def weighted_sum(self, weights: RecordWeights) -> Tensor:
+        left, right = weights.scale(self.left_BND).flatten(0, 1), weights.mask(self.right_BNP).flatten(0, 1)
+        experts = self.experts_BN.flatten()
+        of_experts = [experts == expert for expert in range(self.shape[0])]
+        return torch.stack([left[own].mT @ right[own] for own in of_experts]).view(self.shape)
+
+    def outer_products(self) -> OuterProducts:
+        one_hot_BENx1 = F.one_hot(self.experts_BN, self.shape[0]).movedim(2, 1)[..., None]
+        left_BEND = at_least_fp32(self.left_BND)[:, None] * one_hot_BENx1
+        return OuterProducts(left_BEND, self.right_BNP[:, None].expand(-1, self.shape[0], -1, -1), self.shape)
+
+
+def together(uses: Sequence[PerRecordGradient]) -> PerRecordGradient:
+    """The gradient of a parameter used several times: the sum over its uses, cross terms and all."""
+    if len(uses) == 1:
+        return uses[0]
+    products = [use.outer_products() for use in uses]
+    left, right = _concatenated([p.left_BGND for p in products]), _concatenated([p.right_BGNP for p in products])
+    return OuterProducts(left, right, products[0].shape)
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """`x` itself in fp64, otherwise in fp32: norms and sums over records are never taken in fewer bits."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _concatenated(factors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([at_least_fp32(factor) for factor in factors], dim=2)
+
+
+def _forming_pays(N: int, D: int, P: int, formed_bytes: int, reuse: Reuse) -> bool:
+    """Whether the records' D x P gradients are cheaper to form than their Gram matrices, in multiply-adds a record."""
+    gram = (1 + 1 / _GRAM_BANDS) / 2 * N * N * (P + D)
+    if reuse is None:
+        return gram > N * P * D
+    if reuse == "later" and (formed_bytes > _MOST_FORMED_BYTES or P > 2 * N):
+        return False
+    return gram > _MULTIPLY_ADDS_A_WORD * P * D  # the product is needed anyway: what counts is to write and read it
+
+
+def _squared_norms_by_gram(left_BND: Tensor, right_BNP: Tensor) -> Tensor:
+    """<left Gram, right Gram> of each record, guarded; both are symmetric, so little more than half is formed."""
+    num_tokens = left_BND.shape[1]
+    bands = _GRAM_BANDS if left_BND.device.type == "cpu" and num_tokens >= 8 * _GRAM_BANDS else 1
+    width = -(-num_tokens // bands)
+    squared_B, spread_B = left_BND.new_zeros(len(left_BND)), left_BND.new_zeros(len(left_BND))
+    for start in range(0, num_tokens, width):
+        band = slice(start, start + width)
+        left_BNM, right_BNM = (torch.bmm(x[:, start:], x[:, band].mT) for x in (left_BND, right_BNP))
+        square = left_BNM.shape[2]
+        left_squares_BM, right_squares_BM = (
+            x[:, :square].diagonal(dim1=1, dim2=2) for x in (left_BNM, right_BNM)
+        )  # fmt: skip
+        spread_B = spread_B + (left_squares_BM * right_squares_BM).sqrt().sum(1)
+        products_BNM = left_BNM.mul_(right_BNM)
+        squared_B = squared_B + 2 * products_BNM[:, square:].sum((1, 2)) + products_BNM[:, :square].sum((1, 2))
+    return torch.maximum(squared_B, spread_B.square() / (_GRAM_CANCELLATION_PER_TOKEN * num_tokens))
+
+
+def _guarded_gram(left_BNN: Tensor, right_BNN: Tensor) -> Tensor:
+    """<left, right> of each record's two Gram matrices, not below the floor that its rounding errors set."""
+    left_squares_BN, right_squares_BN = (x.diagonal(dim1=1, dim2=2) for x in (left_BNN, right_BNN))
+    spread_B = (left_squares_BN * right_squares_BN).sqrt().sum(1).square()
+    floor_B = spread_B / (_GRAM_CANCELLATION_PER_TOKEN * left_BNN.shape[1])
+    return torch.maximum((left_BNN * right_BNN).sum((1, 2)), floor_B)
+
+
+def _row_norms(x_BND: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x_BND, dim=-1)
+
+
+def _along(values_B: Tensor, x_B: Tensor) -> Tensor:
+    return values_B.view(-1, *[1] * (x_B.dim() - 1))
