@@ -8,15 +8,16 @@ Source: norms by Gram matrices, Goodfellow 2015 (arXiv:1510.01799) and Li et al.
 cheaper form of the two chosen by layer, Bu et al. 2022 (arXiv:2205.10683, Sec. 4.3).
 
 Rounding guard. Where a record's tokens cancel (huge factors, small sum), a norm computed in floating point can fall
-short of the true one by any amount, and so could be made to escape its clipping bound. `squared_norms` therefore never
-returns less than a fixed share of the *spread*, (sum_n ||left_n|| ||right_n||)^2, in whose units rounding errors are
-small. Ordinary gradients lie far above that floor and are returned as computed; a record below it is clipped too hard
-rather than too little.
+short of the true one by any amount, and so could be made to escape its clipping bound. Its error is small in units of
+the *spread*, sum_n ||left_n|| ||right_n||, however much cancels: `squared_norms` therefore adds an allowance for
+rounding in those units. Where N tokens point in random directions the allowance is 2 N eps of the norm by Gram matrices
+and 8 sqrt(N) eps of a formed one; a record whose tokens cancel is clipped too hard rather than too little.
 """
 
 # B records, G groups, N tokens, P right features, D left features
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,10 +27,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# The floor is spread / (cancellation allowed). A Gram norm errs in units of the spread itself, one from a formed sum in
-# units of its root. Tokens of random direction cancel to spread / N.
-_GRAM_CANCELLATION_PER_TOKEN = 16.0
-_SUM_CANCELLATION = 2.0**20
+# Errors measured over copies of two nearly opposite tokens (tests/privacy/test_sensitivity.py), in eps: up to 2.5
+# spread^2 by Gram matrices, up to 7 spread in a formed sum of 256 tokens.
+_GRAM_ROUNDING = 4.0
+_SUM_ROUNDING = 8.0
+# Features all equal can be chosen so that every addition rounds the same way, tens of eps in all. Never below this share
+# of the spread (1 / 4 sqrt(N) and 1 / 1024 in fp32), a norm cannot be rounded away even so.
+_GRAM_FLOOR_PER_TOKEN = 2.0**19
+_SUM_FLOOR = 2.0**13
 
 # Measured on a CPU (docs/results/bench_dp.json): a symmetric product in this many bands takes (1 + 1/bands) / 2 of the
 # time, and a word written and read again takes that of about as many multiply-adds.
@@ -92,12 +97,15 @@ class OuterProducts:
         left, right = (at_least_fp32(x).flatten(0, 1) for x in (self.left_BGND, self.right_BGNP))
         N, D, P = left.shape[1], left.shape[2], right.shape[2]
         if N == 1:
-            squared = left.square().sum((1, 2)) * right.square().sum((1, 2))
+            # what underflows in one square may meet a large other one
+            tiny = torch.finfo(left.dtype).tiny
+            squared = (left.square().sum((1, 2)) + D * tiny) * (right.square().sum((1, 2)) + P * tiny)
         elif _forming_pays(N, D, P, left.shape[0] * D * P * left.itemsize, reuse):
             formed = torch.bmm(left.mT, right)
-            spread = (_row_norms(left) * _row_norms(right)).sum(1).square()
-            exact = torch.linalg.vector_norm(formed, dim=(1, 2)).square()
-            squared = torch.maximum(exact, spread / _SUM_CANCELLATION)
+            norms = _norms(_norms(formed))  # in two levels: a running sum over D x P squares would lose 1e-5
+            if reuse is None:  # otherwise what was measured is itself what is summed
+                norms = _allow_for_sum(norms, (_norms(left) * _norms(right)).sum(1))
+            squared = norms.square()
             if reuse is not None:
                 self._formed_BGDP = formed.view(*self.left_BGND.shape[:2], D, P)
                 self.left_BGND, self.right_BGNP = self.left_BGND[:, :, :0], self.right_BGNP[:, :, :0]
@@ -133,7 +141,7 @@ class TokenSum:
         left_BND = at_least_fp32(self.left_BND)
         if left_BND.shape[1] == 1:
             return left_BND.square().sum((1, 2))
-        return torch.maximum(left_BND.sum(1).square().sum(1), _row_norms(left_BND).sum(1).square() / _SUM_CANCELLATION)
+        return _allow_for_sum(_norms(left_BND.sum(1)), _norms(left_BND).sum(1)).square()
 
     def weighted_sum(self, weights: RecordWeights) -> Tensor:
         sums_BD = weights.mask(self.left_BND).sum(1)
@@ -161,7 +169,9 @@ class RowSums:
         if left_BND.shape[1] == 1:
             return left_BND.square().sum((1, 2))
         same_BNN = (self.rows_BN[:, :, None] == self.rows_BN[:, None, :]).to(left_BND.dtype)
-        return _guarded_gram(torch.bmm(left_BND, left_BND.mT), same_BNN)
+        left_gram_BNN = torch.bmm(left_BND, left_BND.mT)
+        spread_B = _spread(left_gram_BNN, same_BNN, left_BND.shape[2], 1)
+        return _allow_for_gram((left_gram_BNN * same_BNN).sum((1, 2)), spread_B, left_BND.shape[1])
 
     def weighted_sum(self, weights: RecordWeights) -> Tensor:
         weighted_BND = weights.scale(self._added)
@@ -186,7 +196,9 @@ class ExpertOuterProducts:
         left_BND, right_BNP = at_least_fp32(self.left_BND), at_least_fp32(self.right_BNP)
         same_BNN = self.experts_BN[:, :, None] == self.experts_BN[:, None, :]
         right_gram_BNN = torch.bmm(right_BNP, right_BNP.mT) * same_BNN
-        return _guarded_gram(torch.bmm(left_BND, left_BND.mT), right_gram_BNN)
+        left_gram_BNN = torch.bmm(left_BND, left_BND.mT)
+        spread_B = _spread(left_gram_BNN, right_gram_BNN, left_BND.shape[2], right_BNP.shape[2])
+        return _allow_for_gram((left_gram_BNN * right_gram_BNN).sum((1, 2)), spread_B, left_BND.shape[1])
 
     def weighted_sum(self, weights: RecordWeights) -> Tensor:
         left, right = weights.scale(self.left_BND).flatten(0, 1), weights.mask(self.right_BNP).flatten(0, 1)
@@ -238,25 +250,41 @@ def _squared_norms_by_gram(left_BND: Tensor, right_BNP: Tensor) -> Tensor:
         band = slice(start, start + width)
         left_BNM, right_BNM = (torch.bmm(x[:, start:], x[:, band].mT) for x in (left_BND, right_BNP))
         square = left_BNM.shape[2]
-        left_squares_BM, right_squares_BM = (
-            x[:, :square].diagonal(dim1=1, dim2=2) for x in (left_BNM, right_BNM)
-        )  # fmt: skip
-        spread_B = spread_B + (left_squares_BM * right_squares_BM).sqrt().sum(1)
+        spread_B = spread_B + _spread(
+            left_BNM[:, :square], right_BNM[:, :square], left_BND.shape[2], right_BNP.shape[2]
+        )
         products_BNM = left_BNM.mul_(right_BNM)
         squared_B = squared_B + 2 * products_BNM[:, square:].sum((1, 2)) + products_BNM[:, :square].sum((1, 2))
-    return torch.maximum(squared_B, spread_B.square() / (_GRAM_CANCELLATION_PER_TOKEN * num_tokens))
+    return _allow_for_gram(squared_B, spread_B, num_tokens)
 
 
-def _guarded_gram(left_BNN: Tensor, right_BNN: Tensor) -> Tensor:
-    """<left, right> of each record's two Gram matrices, not below the floor that its rounding errors set."""
-    left_squares_BN, right_squares_BN = (x.diagonal(dim1=1, dim2=2) for x in (left_BNN, right_BNN))
-    spread_B = (left_squares_BN * right_squares_BN).sqrt().sum(1).square()
-    floor_B = spread_B / (_GRAM_CANCELLATION_PER_TOKEN * left_BNN.shape[1])
-    return torch.maximum((left_BNN * right_BNN).sum((1, 2)), floor_B)
+def _spread(left_BNN: Tensor, right_BNN: Tensor, D: int, P: int) -> Tensor:
+    """sum_n ||left_n|| ||right_n||, (B,), from two Gram matrices of D and P features."""
+    info = torch.finfo(left_BNN.dtype)
+    left_norms_BN, right_norms_BN = (
+        # what underflowed in one Gram matrix may have met a large entry of the other: no norm is below this
+        x.diagonal(dim1=1, dim2=2).sqrt() + math.sqrt(width * info.tiny / info.eps)
+        for x, width in ((left_BNN, D), (right_BNN, P))
+    )
+    return (left_norms_BN * right_norms_BN).sum(1)
 
 
-def _row_norms(x_BND: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x_BND, dim=-1)
+def _allow_for_gram(squared_B: Tensor, spread_B: Tensor, num_tokens: int) -> Tensor:
+    """Squared norms from Gram matrices, made as large as rounding may have made them small."""
+    eps, spread_B = torch.finfo(squared_B.dtype).eps, spread_B.square()
+    return torch.maximum(
+        squared_B + _GRAM_ROUNDING * eps * spread_B, _GRAM_FLOOR_PER_TOKEN * eps / num_tokens * spread_B
+    )
+
+
+def _allow_for_sum(norms_B: Tensor, spread_B: Tensor) -> Tensor:
+    """Norms of sums over tokens, made as large as rounding may have made them small."""
+    eps = torch.finfo(norms_B.dtype).eps
+    return torch.maximum(norms_B + _SUM_ROUNDING * eps * spread_B, _SUM_FLOOR * eps * spread_B)
+
+
+def _norms(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=-1)
 
 
 def _along(values_B: Tensor, x_B: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ manifests and the accountants. No weights, no data and no secret are needed, and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -167,6 +168,9 @@ def _audit_ledger(
 def _spending(path: Path, view: LedgerView) -> Spending:
     opening, delta = view.opening, view.opening["delta"]
     paid = Tally(view.counts).charges()  # once: a stream has as many events as steps
+    epsilon = accounting.epsilon(paid, delta)
+    if math.isinf(epsilon):
+        raise ValueError(f"epsilon is infinite at delta {delta:g}: the charges promise nothing")
     return Spending(
         ledger=str(path),
         ledger_id=opening["ledger_id"],
@@ -177,7 +181,7 @@ def _spending(path: Path, view: LedgerView) -> Spending:
         dataset_root=opening["dataset_root"],
         dataset_cap=opening["dataset_cap"],
         delta=delta,
-        epsilon=accounting.epsilon(paid, delta),
+        epsilon=epsilon,
         accountant=accounting.describe("pld"),
         cross_checks=[_cross_check(paid, delta, accountant) for accountant in CROSS_CHECKS],
         charges=view.num_charges,
@@ -187,25 +191,27 @@ def _spending(path: Path, view: LedgerView) -> Spending:
 
 
 def _cross_check(counts: Mapping[str, int], delta: float, accountant: Accountant) -> CrossCheck:
+    name = accounting.describe(accountant)
     try:
-        return CrossCheck(accounting.describe(accountant), accounting.epsilon(counts, delta, accountant))
+        epsilon = accounting.epsilon(counts, delta, accountant)
     except ValueError as error:
-        return CrossCheck(accounting.describe(accountant), None, str(error))
+        return CrossCheck(name, None, str(error))
+    return CrossCheck(name, epsilon) if math.isfinite(epsilon) else CrossCheck(name, None, "its bound is infinite")
 
 
 def _stage_spending(label: str, view: LedgerView, charged: StageCharges, evidence: RunEvidence) -> StageSpending:
     run, _, stage = label.rpartition("/")
-    counts, steps = charged.counts, len(view.stages[label].attempts)
+    steps = len(view.stages[label].attempts)
     return StageSpending(
         run=run,
         stage=stage,
         own=label == evidence.label(stage),
         mechanisms=sorted(_describe(*mechanism) for mechanism in charged.mechanisms),
         steps=steps,
-        charges=counts.total(),
+        charges=charged.num_charges,
         wasted=charged.wasted,
-        replayed=counts.total() - steps,
-        epsilon_alone=accounting.epsilon(counts, view.opening["delta"]),
+        replayed=charged.num_charges - steps,
+        epsilon_alone=accounting.epsilon(charged.paid, view.opening["delta"]),
         code_versions=sorted(charged.code_versions),
     )
 
@@ -259,9 +265,7 @@ def _caveats(report: AuditReport, view: LedgerView, charges: Charges, public_key
     if spent.wasted:
         caveats.append(f"Charges never followed by a finished step: {spent.wasted}. They are counted.")
     if spent.replayed:
-        caveats.append(
-            f"Charges for replays: {spent.replayed}, each with a draw and noise of its own. They are counted."
-        )
+        caveats.append(f"Charges for replays: {spent.replayed}, each with noise of its own. They are counted.")
     if spent.unit != "record":
         caveats.append(f"The guarantee protects one {spent.unit}, that is all of its records together.")
     caveats += _event_caveats(charges)

@@ -13,8 +13,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from privacy.events import PLACE, canonical_json
-
 
 class Mechanism(NamedTuple):
     """An event without its place, and whether it had one."""
@@ -27,27 +25,37 @@ class Mechanism(NamedTuple):
 class StageCharges:
     """What one stage was charged. `done_up_to` is the first step without a finished attempt: all below it are done."""
 
+    num_charges: int = 0
     code_versions: set[str] = field(default_factory=set[str])
     done_up_to: int = 0
     wasted: int = 0  # charged and never done
-    _events: Counter[tuple[Any, ...]] = field(default_factory=Counter[tuple[Any, ...]])
+    # Event without its part -> part (None where it has no place) -> charges: a stream has as many parts as steps.
+    _events: dict[tuple[Any, ...], Counter[int | None]] = field(
+        default_factory=dict[tuple[Any, ...], Counter[int | None]]
+    )
     _ahead: set[int] = field(default_factory=set[int])  # done, with a gap before them
 
     @property
-    def counts(self) -> Counter[str]:
-        """Event's canonical JSON -> charges; made anew at each call."""
-        return Counter({canonical_json(dict(items)): number for items, number in self._events.items()})
+    def paid(self) -> list[tuple[dict[str, Any], int]]:
+        """Events and charges of the parts that were charged most: what these cost, all of them do (`accounting`)."""
+        paid: list[tuple[dict[str, Any], int]] = []
+        for items, parts in self._events.items():
+            part, number = max(parts.items(), key=lambda charged: charged[1])
+            paid.append((dict(items) if part is None else {**dict(items), "part": part}, number))
+        return paid
 
     @property
     def mechanisms(self) -> list[Mechanism]:
         """The different events apart from their places: of a stream, each of whose steps reads another part, one."""
-        bare = {tuple(item for item in items if item[0] not in PLACE): items for items in self._events}
-        return [Mechanism(dict(items), "partition" in dict(whole)) for items, whole in bare.items()]
+        whole = {tuple(item for item in items if item[0] != "partition"): dict(items) for items in self._events}
+        return [Mechanism(dict(items), "partition" in event) for items, event in whole.items()]
 
     def charge(self, event: dict[str, Any], code_version: str) -> None:
         """The stage was charged once."""
-        self._events[tuple(event.items())] += 1  # read from canonical JSON, so in one order; faster than JSON again
+        part = event.pop("part", None)
+        self._events.setdefault(tuple(event.items()), Counter())[part] += 1  # canonical JSON has but one order
         self.code_versions.add(code_version)
+        self.num_charges += 1
         self.wasted += 1
 
     def done(self, step: int) -> None:

@@ -30,7 +30,7 @@ from kernels.noise import KEYSTREAMS, visit_gaussian
 
 GRID_BITS = 44  # the grid the sum is formed on lies this far below the noise
 RELEASED_BITS = 16  # and the grid it is released on, this far
-_PIECE = 1 << 14  # stays in cache, and is too little for torch to start threads of its own over
+_PIECE = 1 << 15  # stays in cache, and is too little for torch to start threads of its own over
 _COARSENING = 2.0 ** (GRID_BITS - RELEASED_BITS)
 
 
@@ -44,8 +44,8 @@ def rounding_sensitivity(num_elements: int, std: float, bands: int = 1) -> float
 
     Entries of neighbouring sums round apart by at most one spacing. Under `BandedNoise` each of the bands - 1 later
     steps rounds a correction as well, a float64 sum of `bands` terms below 2^51 spacings: hence the second term, a
-    worst case. Without bands, 2^36 elements under noise of up to 67 clip norms stay within the 1e-6 clip norms that
-    clipping keeps free.
+    worst case. Without bands, 2^36 elements under noise of less than 128 clip norms stay within the 1e-6 clip norms
+    that clipping keeps free.
     """
     of_history = math.sqrt(bands - 1) * (1 + bands**1.5)
     return math.sqrt(num_elements) * (1 + of_history) * grid_spacing(std)
@@ -91,7 +91,7 @@ class GaussianNoise:
 
         def cut(start: int, normals: NDArray[np.float64]) -> None:
             for low in range(0, len(normals), _PIECE):
-                visit(start + low, torch.from_numpy(normals[low : low + _PIECE]))
+                visit(start + low, torch.from_numpy(normals[low : low + _PIECE]))  # pyright: ignore[reportUnknownMemberType]
 
         visit_gaussian(key, offset, length, cut, self.generator)
 

@@ -34,18 +34,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from models.dit import DiT, DiTConfig
-from privacy.clipping import Clipper, make_clipper
 from privacy.empirical import EngineCheck, audit_one_run, epsilon_lower_bound, fair_coins
 from privacy.ledger import Charge, Ledger
 from privacy.mechanism import Mechanism, OwnedShard
 from privacy.secrets import signing_seed
 from train.config import FinetuneStage
 from train.data import Batch
-from train.loop import mechanism_terms
 from train.optim import ExponentialMovingAverage
 from train.parallel import World, join_world, shard_model
-from train.run_folder import RunFolder, code_version
-from train.step import Batches, Microbatch, PrivateStep
+from train.private import mechanism_terms, stage_clipper
+from train.run_folder import code_version
+from train.step import Batches, Microbatch, PrivateStep, Slots
 
 Indices = NDArray[np.int64]
 
@@ -55,7 +54,6 @@ OVERSHOOT = 100.0  # a canary's gradient norm before clipping, in clipping bound
 
 def check_engine(
     stage: FinetuneStage,
-    run: RunFolder,
     config: DiTConfig,
     weights: Mapping[str, Tensor],
     records: Records,
@@ -70,8 +68,8 @@ def check_engine(
 ) -> EngineCheck:
     """Audit the engine of `stage` in a throwaway run from `weights`, and the same engine with its noise left out.
 
-    `records` are public. `secret` is the throwaway run's own master secret; of `run` only the id is read. The result is
-    a function of the arguments and of the throwaway ledger's id.
+    `records` are public, and `secret` is the throwaway run's own master secret. The result is a function of the
+    arguments and of the throwaway ledger's id. The unit is a record, whatever it is in `stage`.
     """
     delta = stage.privacy.delta
     best = epsilon_lower_bound(canaries, guesses, guesses, delta)
@@ -80,12 +78,12 @@ def check_engine(
             f"empirical.guesses is {guesses} on {canaries} canaries: all right, they show epsilon {best:.2f}, no more "
             f"than empirical.target_epsilon {target_epsilon:g}: raise guesses and canaries, or lower the target"
         )
-    slots = Slots(records, min(len(records), MOST_RECORDS), canaries)
-    throwaway = throwaway_stage(stage, steps, round(sampling_rate * len(slots)), target_epsilon)
+    split = CanarySplit(records, min(len(records), MOST_RECORDS), canaries)
+    throwaway = throwaway_stage(stage, steps, sampling_rate, len(split), target_epsilon)
 
     with tempfile.TemporaryDirectory() as folder:
         ledger = Path(folder) / "ledger.jsonl"
-        with open_mechanism(Observed, throwaway, run, slots, ledger, secret):
+        with open_mechanism(Observed, throwaway, split, ledger, secret):
             pass  # the plan is in the ledger: both attacks take it up, with the same coins and the same draws
         planned = ledger.read_bytes()
 
@@ -94,14 +92,7 @@ def check_engine(
             model = DiT(config)
             model.load_state_dict(weights, strict=True)
             return attack_engine(
-                engine,
-                throwaway,
-                run,
-                model,
-                slots,
-                ledger,
-                secret,
-                lambda done: progress(before + done, 2 * steps, text),
+                engine, throwaway, model, split, ledger, secret, lambda done: progress(before + done, 2 * steps, text)
             )
 
         with_noise = attack(Observed, 0, "canaries against the engine")
@@ -111,7 +102,7 @@ def check_engine(
         control=audit_one_run(without.scores, without.included, guesses, delta),
         epsilon=with_noise.epsilon,
         noise_multiplier=with_noise.noise_multiplier,
-        sampling_rate=with_noise.sampling_rate,
+        sampling_rate=throwaway.train.batch_size / len(split),
         steps=steps,
     )
 
@@ -127,7 +118,6 @@ class Attack:
     included: NDArray[np.bool_]
     epsilon: float
     noise_multiplier: float
-    sampling_rate: float
 
 
 class Records(Protocol):
@@ -139,7 +129,7 @@ class Records(Protocol):
 
 
 @dataclass(frozen=True)
-class Slots:
+class CanarySplit:
     """The throwaway run's units: the first public records, then the canaries, whose images are blank."""
 
     records: Records
@@ -161,28 +151,35 @@ class Slots:
         return images, torch.cat([labels, labels.new_zeros(blank)])
 
 
-def throwaway_stage(stage: FinetuneStage, steps: int, batch_size: int, target_epsilon: float) -> FinetuneStage:
-    """The private stage in one process, with a length, a batch and a budget of its own."""
-    values = stage.model_dump(mode="json")
+def throwaway_stage(
+    stage: FinetuneStage, steps: int, sampling_rate: float, num_units: int, target_epsilon: float
+) -> FinetuneStage:
+    """The private stage in one process, with a length, a batch and a budget of its own; its ways are the stage's."""
+    values, sampling = stage.model_dump(mode="json"), stage.privacy.sampling
+    batch_size = max(1, min(round(sampling_rate * num_units), num_units // (sampling.cycle or 1)))
     values["train"] |= {"steps": steps, "batch_size": batch_size}
     values["optim"] |= {"warmup_steps": 0}
     values["parallel"] |= {"backend": "single", "nproc": 1, "activation_checkpointing": False, "compile": False}
-    values["privacy"] |= {"target_epsilon": target_epsilon, "replay_steps": 0, "dataset_cap": None}
+    values["privacy"] |= {"target_epsilon": target_epsilon, "dataset_cap": None, "replay_steps": 0, "charge_ahead": 1}
+    values["privacy"] |= {"unit": "record", "max_records_per_user": None}
+    if sampling.max_batch_size is not None:  # as far above the expected batch as in the stage
+        most = round(batch_size * sampling.max_batch_size / stage.train.batch_size)
+        values["privacy"]["sampling"] |= {"max_batch_size": most}
     return FinetuneStage(**values)
 
 
 class Observed(Mechanism):
     """The mechanism over a data set that lacks the canaries whose coin fell so; what AdamW gets to see is kept."""
 
-    present: NDArray[np.bool_]  # of every slot
+    present: NDArray[np.bool_]  # of every record of the split
     released: dict[str, Tensor]  # of the last step, by the parameter's name
 
-    def draw(self, charge: Charge) -> Indices:
-        units = super().draw(charge)
-        return units[self.present[units]]
+    def draw(self, charge: Charge) -> Slots:
+        slots = super().draw(charge)
+        return slots[self.present[slots[:, 0]]]
 
-    def privatise(self, charge: Charge) -> Callable[[OwnedShard, Tensor], None]:
-        make_private, self.released = super().privatise(charge), {}
+    def privatise(self, charge: Charge, num_elements: int) -> Callable[[OwnedShard, Tensor], None]:
+        make_private, self.released = super().privatise(charge, num_elements), {}
 
         def observe(shard: OwnedShard, gradient: Tensor) -> None:
             make_private(shard, gradient)
@@ -194,7 +191,7 @@ class Observed(Mechanism):
 class Noiseless(Observed):
     """The positive control: an engine that leaves its noise out. Nothing but the empirical check may make one."""
 
-    def privatise(self, charge: Charge) -> Callable[[OwnedShard, Tensor], None]:
+    def privatise(self, charge: Charge, num_elements: int) -> Callable[[OwnedShard, Tensor], None]:
         self.released = {}
 
         def leave_bare(shard: OwnedShard, gradient: Tensor) -> None:
@@ -206,10 +203,10 @@ class Noiseless(Observed):
 
 @contextmanager
 def open_mechanism(
-    engine: type[Observed], stage: FinetuneStage, run: RunFolder, slots: Slots, ledger_path: Path, secret: bytes
+    engine: type[Observed], stage: FinetuneStage, split: CanarySplit, ledger_path: Path, secret: bytes
 ) -> Iterator[Observed]:
     """The mechanism over a ledger of its own; the coins are a function of the secret and of the ledger's id."""
-    privacy, root = stage.privacy, hashlib.sha256(f"{slots.num_records} {slots.num_canaries}".encode())
+    privacy, root = stage.privacy, hashlib.sha256(f"{split.num_records} {split.num_canaries}".encode())
     with Ledger.open(
         ledger_path,
         delta=privacy.delta,
@@ -219,28 +216,23 @@ def open_mechanism(
         fencing_epoch=1,
     ) as ledger:
         mechanism = engine(
-            mechanism_terms(stage, run, len(slots)),
+            mechanism_terms(stage, f"empirical/{stage.name}", len(split)),
             secret,
             ledger,
             lambda value: value,
             code_version=code_version(),
             config_sha256=stage.sha256(),
         )
-        coins = fair_coins(hmac.digest(secret, ledger.ledger_id.encode(), "sha256"), slots.num_canaries)
-        mechanism.present = np.concatenate([np.ones(slots.num_records, dtype=np.bool_), coins])
+        coins = fair_coins(hmac.digest(secret, ledger.ledger_id.encode(), "sha256"), split.num_canaries)
+        mechanism.present = np.concatenate([np.ones(split.num_records, dtype=np.bool_), coins])
         yield mechanism
-
-
-def _clipper(stage: FinetuneStage, model: nn.Module) -> Clipper:
-    return make_clipper("two_pass", model, stage.privacy.max_grad_norm)
 
 
 def attack_engine(
     engine: type[Observed],
     stage: FinetuneStage,
-    run: RunFolder,
     model: DiT,
-    slots: Slots,
+    split: CanarySplit,
     ledger_path: Path,
     secret: bytes,
     told: Callable[[int], None] = lambda done: None,
@@ -248,29 +240,28 @@ def attack_engine(
     """Every step of `stage` as `train.step` runs it; a canary's score is the sum, over the steps, of its direction's
     inner product with what was released, in clipping bounds."""
     microbatch_size = stage.train.microbatch_size
-    with _alone() as world, open_mechanism(engine, stage, run, slots, ledger_path, secret) as mechanism:
+    with _alone() as world, open_mechanism(engine, stage, split, ledger_path, secret) as mechanism:
         backend = shard_model(model, world, stage.parallel, stage.optim, microbatch_size=microbatch_size, bf16=False)
-        with Canaries(model, slots.num_canaries, OVERSHOOT * stage.privacy.max_grad_norm) as canaries:
+        with Canaries(model, split.num_canaries, OVERSHOOT * stage.privacy.max_grad_norm) as canaries:
             step_once = PrivateStep(
                 stage,
-                CanaryBatches(stage, model.config, world, canaries, slots.num_records),
+                CanaryBatches(stage, model.config, world, canaries, split.num_records),
                 backend,
                 ExponentialMovingAverage(backend, stage.optim.ema_decay),
-                _clipper(stage, model),
+                stage_clipper(stage, model.config, backend, None),
                 mechanism,
-                slots,  # type: ignore[arg-type]  # all that a step asks of a ShardDataset
+                split,  # type: ignore[arg-type]  # all that a step asks of a ShardDataset
             )
-            scores = np.zeros(slots.num_canaries)
+            scores = np.zeros(split.num_canaries)
             for step in range(stage.train.steps):
                 step_once(step)
                 scores += canaries.along(mechanism.released)
                 told(step + 1)
         return Attack(
             scores * stage.train.batch_size / stage.privacy.max_grad_norm,
-            mechanism.present[slots.num_records :],
-            mechanism.spent(),
+            mechanism.present[split.num_records :],
+            mechanism.summary()["epsilon"],
             mechanism.noise_multiplier,
-            mechanism.terms.sampling_rate,
         )
 
 
@@ -399,8 +390,7 @@ class CanaryBatches(Batches):
         super().__init__(stage, model, world)
         self._canaries, self._num_records = canaries, num_records
 
-    def _microbatch(self, step: int, records: Batch, size: int, *, last: bool) -> Microbatch:
-        plain = super()._microbatch(step, records, size, last=last)
-        canary_B = torch.full((size,), -1)
-        canary_B[: len(records.indices)] = torch.from_numpy(records.indices - self._num_records).clamp(min=-1)
-        return replace(plain, losses=partial(self._canaries.losses, plain.losses, canary_B.to(self.world.device)))
+    def _microbatch(self, step: int, slots_BR: Slots, records: Batch, *, last: bool) -> Microbatch:
+        plain = super()._microbatch(step, slots_BR, records, last=last)
+        canary_B = torch.from_numpy(slots_BR[:, 0] - self._num_records).clamp(min=-1).to(self.world.device)
+        return replace(plain, losses=partial(self._canaries.losses, plain.losses, canary_B))

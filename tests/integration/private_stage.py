@@ -1,9 +1,9 @@
 """Runs a short private stage under each backend in one process group; started by test_backends.py under torchrun.
 
-    torchrun --nproc-per-node 2 tests/integration/private_stage.py BASE BACKEND [BACKEND ...]
+    torchrun --nproc-per-node 2 tests/integration/private_stage.py BASE CASE:BACKEND [CASE:BACKEND ...]
 
-BASE holds a prepared run folder `BASE/prepared`; each backend works in a copy of it, hence with the same ledger id, the
-same secret and the same noise.
+BASE holds a prepared run folder `BASE/prepared-CASE` for each case of CASES; each backend works in a copy of it, hence
+with the same ledger id, the same secret and the same noise. Its copy is `BASE/CASE-BACKEND-RANKS`.
 """
 
 import os
@@ -33,21 +33,40 @@ OVERRIDES = (
 )
 
 
-def stage_for(backend: str, nproc: int):
+CASES: dict[str, tuple[str, ...]] = {
+    "two_pass": ("privacy.clipping=two_pass",),
+    "kept_gradients": ("privacy.clipping=kept_gradients",),
+    "group_wise": ("privacy.clipping=group_wise", "privacy.adaptive_bounds={quantile: 0.5, rate: 0.5, share: 0.1}"),
+    "sparse": ("train.batch_size=1",),  # most ranks have no record, and two draws in five are empty
+    "checkpointed": ("parallel.activation_checkpointing=true", "privacy.clipping=kept_gradients"),
+    "bf16": ("train.precision=bf16",),
+    "compiled": ("parallel.compile=true",),
+    "banded": (
+        "privacy.sampling={method: cyclic_poisson, cycle: 5}",
+        "privacy.bands=3",
+        "privacy.charge_ahead=2",
+        "objective.noise_draws=2",
+    ),
+    "users": ("privacy.unit=user", "privacy.max_records_per_user=3", "train.batch_size=5"),
+}
+
+
+def stage_for(case: str, backend: str, nproc: int):
     """The digits recipe's private stage, small, under `backend`."""
     placed = (f"parallel.backend={backend}", f"parallel.nproc={nproc}")
-    return load_stage(ROOT / "configs/digits/40_finetune_dp.yaml", [*OVERRIDES, *placed])
+    return load_stage(ROOT / "configs/digits/40_finetune_dp.yaml", [*OVERRIDES, *CASES[case], *placed])
 
 
 def main() -> None:
-    base, backends = Path(sys.argv[1]), sys.argv[2:]
+    base = Path(sys.argv[1])
     world = join_world()
-    for backend in backends:
-        folder = base / f"{backend}-{world.size}"
-        if world.rank == 0:
-            shutil.copytree(base / "prepared", folder)  # with the id of the run, hence the same name in the ledger
+    for token in sys.argv[2:]:
+        case, backend = token.split(":")
+        folder = base / f"{case}-{backend}-{world.size}"
+        if world.rank == 0:  # with the id of the run, hence the same name in the ledger
+            shutil.copytree(base / f"prepared-{case}", folder)
         world.barrier()
-        train(stage_for(backend, world.size), RunFolder.open(folder, "digits"), world, fencing_epoch=1)
+        train(stage_for(case, backend, world.size), RunFolder.open(folder, "digits"), world, fencing_epoch=1)
         world.barrier()
     os._exit(0)  # DeepSpeed's engines would be torn down one by one
 

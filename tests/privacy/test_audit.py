@@ -310,6 +310,14 @@ def test_charges_that_no_accountant_can_bound_are_a_false_claim(public_run: Path
     assert report.spending is None
 
 
+def test_charges_that_promise_nothing_are_a_false_claim(public_run: Path) -> None:
+    with open_ledger(public_run) as ledger:
+        ledger.charge(LABEL, 0, {"mechanism": "gaussian", "noise_multiplier": 1e-200}, CODE)
+    report = audit_run(public_run)
+    assert "epsilon is infinite" in false_claims(report)["what was charged can be bounded"]
+    assert report.spending is None
+
+
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"format": 2}'])
 def test_a_manifest_that_is_none_makes_the_run_unreadable(run: Path, content: str) -> None:
     (run / "ingest" / "manifest.json").write_text(content)

@@ -1,34 +1,30 @@
 """The empirical check: canaries take the way of every record, and broken engines are told from the real one."""
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 import train.empirical
 from models.dit import DiT, DiTConfig
-from privacy.clipping import make_clipper
 from privacy.empirical import audit_one_run
 from train import ROOT
 from train.config import FinetuneStage
 from train.empirical import (
     Attack,
     Canaries,
+    CanarySplit,
     Noiseless,
     Observed,
-    Slots,
     attack_engine,
     check_engine,
     open_mechanism,
     throwaway_stage,
 )
 from train.recipe import load_stage
-from train.run_folder import RunFolder
 
 MODEL = DiTConfig(width=48, depth=2, heads=2, image_size=8, channels=1, patch_size=2, num_classes=10)
 SECRET = bytes(range(32))
@@ -50,25 +46,18 @@ class BlankRecords:
         return images, torch.as_tensor(indices) % 10
 
 
-SLOTS = Slots(BlankRecords(), 10, SMALL["canaries"])
+SPLIT = CanarySplit(BlankRecords(), 10, SMALL["canaries"])
 
 
 @pytest.fixture(scope="module")
 def stage() -> FinetuneStage:
-    loaded = load_stage(ROOT / "configs/digits/40_finetune_dp.yaml", ["objective.noise_draws=2"])
-    assert isinstance(loaded, FinetuneStage)
-    return loaded
+    return private_stage()
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    return RunFolder.open(tmp_path_factory.mktemp("run"), "digits")
-
-
-@pytest.fixture(scope="module")
-def planned_once(stage: FinetuneStage, run: RunFolder, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def planned_once(stage: FinetuneStage, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("planned") / "ledger.jsonl"
-    with open_mechanism(Observed, throwaway(stage), run, SLOTS, path, SECRET):
+    with open_mechanism(Observed, throwaway(stage), SPLIT, path, SECRET):
         return path
 
 
@@ -78,9 +67,14 @@ def planned(planned_once: Path, tmp_path: Path) -> Path:
     return Path(shutil.copy(planned_once, tmp_path / "ledger.jsonl"))
 
 
+def private_stage(*overrides: str) -> FinetuneStage:
+    loaded = load_stage(ROOT / "configs/digits/40_finetune_dp.yaml", ["objective.noise_draws=2", *overrides])
+    assert isinstance(loaded, FinetuneStage)
+    return loaded
+
+
 def throwaway(stage: FinetuneStage) -> FinetuneStage:
-    batch_size = round(SMALL["sampling_rate"] * len(SLOTS))
-    return throwaway_stage(stage, SMALL["steps"], batch_size, SMALL["target_epsilon"])
+    return throwaway_stage(stage, SMALL["steps"], SMALL["sampling_rate"], len(SPLIT), SMALL["target_epsilon"])
 
 
 def fresh_model() -> DiT:
@@ -89,19 +83,18 @@ def fresh_model() -> DiT:
     return model
 
 
-def attack(engine: type[Observed], stage: FinetuneStage, run: RunFolder, ledger: Path) -> Attack:
-    return attack_engine(engine, throwaway(stage), run, fresh_model(), SLOTS, ledger, SECRET)
+def attack(engine: type[Observed], stage: FinetuneStage, ledger: Path) -> Attack:
+    return attack_engine(engine, throwaway(stage), fresh_model(), SPLIT, ledger, SECRET)
 
 
 def bound(found: Attack) -> float:
     return audit_one_run(found.scores, found.included, SMALL["guesses"], 1e-5).epsilon_lower_bound
 
 
-def test_the_engine_holds_and_without_noise_the_check_sees_it(stage: FinetuneStage, run: RunFolder) -> None:
-    before = sorted(run.path.rglob("*"))
+def test_the_engine_holds_and_without_noise_the_check_sees_it(stage: FinetuneStage) -> None:
     told: list[tuple[int, int, str]] = []
     check = check_engine(
-        stage, run, MODEL, fresh_model().state_dict(), BlankRecords(), SECRET,
+        stage, MODEL, fresh_model().state_dict(), BlankRecords(), SECRET,
         progress=lambda *words: told.append(words), **SMALL,
     )  # fmt: skip
     assert check.holds, check.verdict
@@ -109,33 +102,23 @@ def test_the_engine_holds_and_without_noise_the_check_sees_it(stage: FinetuneSta
     assert (check.steps, check.engine.canaries, check.engine.guesses) == (10, 200, 100)
     assert check.sampling_rate == pytest.approx(0.5)
     assert told[-1] == (20, 20, "the same without noise")
-    assert sorted(run.path.rglob("*")) == before  # no ledger, no key and no weights of it are left behind
     assert not torch.distributed.is_initialized()
 
 
 @pytest.mark.parametrize("clipping", ["two_pass", "kept_gradients", "group_wise"])
 def test_a_canary_releases_its_direction_at_the_bound_and_nothing_else(
-    stage: FinetuneStage, run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clipping: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clipping: str
 ) -> None:
     """Every unit drawn once and without noise: the sum is that of the included canaries' unit directions, times C."""
-    monkeypatch.setattr(train.empirical, "_clipper", clipper(clipping))  # type: ignore[arg-type]
     monkeypatch.setattr(train.empirical, "fair_coins", lambda key, count: np.arange(count) % 2 == 0)
-    slots = Slots(BlankRecords(), 0, 6)
-    found = attack_engine(
-        Noiseless, throwaway_stage(stage, 1, 6, 2.0), run, fresh_model(), slots, tmp_path / "ledger.jsonl", SECRET
-    )
+    canaries_alone = CanarySplit(BlankRecords(), 0, 6)
+    once = throwaway_stage(private_stage(f"privacy.clipping={clipping}"), 1, 1.0, 6, 2.0)
+    found = attack_engine(Noiseless, once, fresh_model(), canaries_alone, tmp_path / "ledger.jsonl", SECRET)
     gram = directions(6) @ directions(6).T
     assert np.allclose(np.diag(gram), 1.0, atol=1e-5)
     assert np.abs(gram - np.eye(6)).max() < 0.1  # nearly orthogonal
     assert found.included.tolist() == [True, False] * 3
     assert np.allclose(found.scores, gram @ found.included, atol=1e-4)
-
-
-def clipper(name: Any, times: float = 1.0) -> Callable[..., Any]:
-    def make(stage: FinetuneStage, model: nn.Module) -> Any:
-        return make_clipper(name, model, times * stage.privacy.max_grad_norm)
-
-    return make
 
 
 def directions(count: int) -> np.ndarray:
@@ -160,38 +143,64 @@ def directions(count: int) -> np.ndarray:
 
 
 def test_an_engine_that_clips_too_late_is_found_out(
-    stage: FinetuneStage, run: RunFolder, planned: Path, monkeypatch: pytest.MonkeyPatch
+    stage: FinetuneStage, planned: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train.empirical, "_clipper", clipper("two_pass", times=20.0))
-    found = attack(Observed, stage, run, planned)
+    right = train.empirical.stage_clipper
+
+    def late(*arguments: Any) -> Any:
+        clipper = right(*arguments)
+        clipper.bound *= 20
+        return clipper
+
+    monkeypatch.setattr(train.empirical, "stage_clipper", late)
+    found = attack(Observed, stage, planned)
     assert bound(found) > found.epsilon
 
 
-def test_an_engine_with_a_twentieth_of_its_noise_is_found_out(
-    stage: FinetuneStage, run: RunFolder, planned: Path
-) -> None:
+def test_an_engine_with_a_twentieth_of_its_noise_is_found_out(stage: FinetuneStage, planned: Path) -> None:
     class Quiet(Observed):
-        def privatise(self, charge: Any) -> Any:
+        def privatise(self, charge: Any, num_elements: int) -> Any:
             true, self.gradient_multiplier = self.gradient_multiplier, self.gradient_multiplier / 20
             try:
-                return super().privatise(charge)
+                return super().privatise(charge, num_elements)
             finally:
                 self.gradient_multiplier = true
 
-    found = attack(Quiet, stage, run, planned)
+    found = attack(Quiet, stage, planned)
     assert bound(found) > found.epsilon
 
 
-def test_the_same_keys_give_the_same_scores(stage: FinetuneStage, run: RunFolder, planned: Path) -> None:
+def test_the_same_keys_give_the_same_scores(stage: FinetuneStage, planned: Path) -> None:
     again = Path(shutil.copy(planned, planned.with_name("again.jsonl")))
-    first, second = (attack(Observed, stage, run, ledger) for ledger in (planned, again))
+    first, second = (attack(Observed, stage, ledger) for ledger in (planned, again))
     assert np.array_equal(first.scores, second.scores)
     assert np.array_equal(first.included, second.included)
 
 
-def test_a_check_that_could_not_see_a_broken_engine_is_refused(stage: FinetuneStage, run: RunFolder) -> None:
+def test_the_throwaway_stage_samples_as_the_stage_does() -> None:
+    truncated = private_stage("privacy.sampling={method: truncated_poisson, max_batch_size: 192}")  # 1.5 times 128
+    assert throwaway(truncated).privacy.sampling.max_batch_size == round(1.5 * throwaway(truncated).train.batch_size)
+    cyclic = throwaway(private_stage("privacy.sampling={method: cyclic_poisson, cycle: 4}", "privacy.bands=4"))
+    assert (cyclic.train.batch_size, cyclic.privacy.bands) == (len(SPLIT) // 4, 4)  # a part's rate is at most 1
+    users = throwaway(private_stage("privacy.unit=user", "privacy.max_records_per_user=3"))
+    assert (users.privacy.unit, users.privacy.max_records_per_user) == ("record", None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "sampling",
+    ["{method: truncated_poisson, max_batch_size: 192}", "{method: cyclic_poisson, cycle: 4}", "{method: shuffled}"],
+)
+def test_every_way_of_sampling_is_checked_alike(sampling: str) -> None:
+    settings = SMALL | {"sampling_rate": 0.25, "steps": 16}
+    stage = private_stage(f"privacy.sampling={sampling}")
+    check = check_engine(stage, MODEL, fresh_model().state_dict(), BlankRecords(), SECRET, **settings)
+    assert check.holds, check.verdict
+
+
+def test_a_check_that_could_not_see_a_broken_engine_is_refused(stage: FinetuneStage) -> None:
     settings = SMALL | {"guesses": 10}
     with pytest.raises(
         ValueError, match=r"empirical\.guesses is 10 on 200 canaries: all right, they show epsilon 1\.0"
     ):
-        check_engine(stage, run, MODEL, fresh_model().state_dict(), BlankRecords(), SECRET, **settings)
+        check_engine(stage, MODEL, fresh_model().state_dict(), BlankRecords(), SECRET, **settings)
