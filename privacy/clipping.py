@@ -116,6 +116,7 @@ class Clipper(ABC):
 
         `losses` maps a model to losses of shape (B,); `present_B` is False for padding, which contributes exactly zero.
         """
+        _require_full_precision(present_B.device)
         with backend.microbatch(last=last):
             return self._accumulate(backend, losses, present_B).detach()
 
@@ -318,6 +319,18 @@ class _Seed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         return tuple(grad.new_zeros((), dtype=dtype).expand(shape) for shape, dtype in ctx.of_outputs)
+
+
+def _require_full_precision(device: torch.device) -> None:
+    """Products of fewer bits would carry norms further below the true ones than the rounding guard allows for."""
+    if torch.is_autocast_enabled(device.type):
+        raise ValueError("autocast is on around the clipper, whose norms are fp32: turn it on within `losses` only")
+    precisions: set[str] = {torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision}
+    if not precisions <= {"none", "ieee"}:
+        raise ValueError(
+            f"fp32 matrix products are taken in {' and '.join(sorted(precisions))}, too few bits for the clipping "
+            "norms: call torch.set_float32_matmul_precision('highest')"
+        )
 
 
 def _counted(present_B: Tensor, losses_B: Tensor) -> Tensor:

@@ -63,6 +63,13 @@ class Terms:
     secure_noise: bool
     operator_metrics: bool
 
+    def __post_init__(self) -> None:
+        if self.bands > (self.cycle or 1):
+            raise ValueError(
+                f"bands is {self.bands} and cycle {self.cycle}: a unit must stay away for as many steps as noise is "
+                "correlated over, so sample by cyclic_poisson with a cycle no shorter"
+            )
+
     def sampler(self, key: bytes) -> Sampler:
         """The draws under a key; events and costs do not depend on it."""
         return make_sampler(
@@ -129,6 +136,10 @@ class Mechanism:
                 f"train.batch_size is {terms.expected_batch_size}, but the private data set has {terms.num_units} "
                 "units: the expected batch cannot exceed it"
             )
+        if (unit_of is not None) != (terms.unit == "user"):
+            raise ValueError(
+                f"the unit is a {terms.unit}: give unit_of, the user of each record, for users and only then"
+            )
         self.terms, self._ledger, self._broadcast, self._code_version = terms, ledger, broadcast, code_version
         # The ledger's id is in every key: only within one ledger are (stage, step, attempt) unique.
         ledger_id: str = self._on_rank_0(lambda ledger: ledger.ledger_id)
@@ -146,9 +157,11 @@ class Mechanism:
         self._scalar_noise = GaussianNoise(noise_key, terms.stage, "chacha20" if terms.secure_noise else "philox")
         self._gradient_noise = BandedNoise(self._scalar_noise, terms.bands) if terms.bands > 1 else self._scalar_noise
         self._charged: deque[Charge] = deque()  # ahead of their steps
-        self._affordable: int | None = None  # known once it is known which step comes first
+        self._next_step: int | None = None  # any may be the first
+        self._affordable = 0  # steps, of those that follow on the ones charged
+        self._charges_seen: int | None = None  # in the ledger, when that was last known
         self._curve: EpsilonCurve | None = None
-        self._num_charged = 0  # by this process
+        self._num_charged = 0  # since the curve began
 
     def _plan(self, ledger: Ledger, recorded: dict[str, Any]) -> dict[str, Any]:
         """The stage's plan: the ledger's on a resume, or else calibrated from the budget that is left."""
@@ -170,24 +183,22 @@ class Mechanism:
         """Charge one attempt at `step`, durably, before anything of it is drawn or computed; the same on every rank.
 
         Raises BudgetExhausted, with nothing charged, where the attempt would pass the allowed epsilon.
+        Steps follow each other: one that runs again, after a restart, is charged by a new object.
         """
+        if self._next_step is not None and step != self._next_step:
+            raise ValueError(
+                f"step {step} of {self.terms.stage} does not follow on step {self._next_step - 1}: to run a step again "
+                "or to skip one, begin with a new Mechanism"
+            )
         if not self._charged:
             self._charged.extend(self._on_rank_0(lambda ledger: self._charge_ahead(ledger, step)))
-        charge = self._charged.popleft()
-        if charge.step != step:
-            raise ValueError(f"step {step} follows on none: the next one charged is {charge.step}")
-        return charge
+        self._next_step = step + 1
+        return self._charged.popleft()
 
     def _charge_ahead(self, ledger: Ledger, step: int) -> list[Charge]:
-        terms, spent, sampler, noise = self.terms, ledger.counts(), self._sampler, self.noise_multiplier
-        if self._affordable is None:
-
-            def planned(num_steps: int) -> list[tuple[dict[str, Any], int]]:
-                return sampler.planned(step, num_steps, noise)
-
-            left = max(0, terms.max_charges - ledger.num_charges_of(terms.stage))
-            self._affordable = max_steps(planned, terms.allowed_epsilon, terms.delta, spent, limit=left)
-            self._curve = EpsilonCurve(planned, terms.delta, spent, limit=self._affordable)
+        terms, sampler, noise = self.terms, self._sampler, self.noise_multiplier
+        if ledger.num_charges != self._charges_seen:  # at first, and where another stage charged the same open ledger
+            self._look_ahead(ledger, step)
         number = min(terms.charge_ahead, self._affordable, terms.steps - step)
         if number <= 0:
             raise BudgetExhausted(
@@ -198,7 +209,19 @@ class Mechanism:
         charges = ledger.charge_ahead(terms.stage, steps, self._code_version)
         self._affordable -= number
         self._num_charged += number
+        self._charges_seen = ledger.num_charges
         return charges
+
+    def _look_ahead(self, ledger: Ledger, step: int) -> None:
+        """Ask the accountant, once for all steps from `step` on: a query takes as long as a step or longer."""
+        terms, spent = self.terms, ledger.counts()
+
+        def planned(num_steps: int) -> list[tuple[dict[str, Any], int]]:
+            return self._sampler.planned(step, num_steps, self.noise_multiplier)
+
+        left = max(0, terms.max_charges - ledger.num_charges_of(terms.stage))
+        self._affordable = max_steps(planned, terms.allowed_epsilon, terms.delta, spent, limit=left)
+        self._curve, self._num_charged = EpsilonCurve(planned, terms.delta, spent, limit=self._affordable), 0
 
     def draw(self, charge: Charge) -> NDArray[np.int64]:
         """The records of this attempt's units, (units, most records of a unit), -1 where a unit has fewer.
@@ -228,8 +251,11 @@ class Mechanism:
         return add_noise
 
     def clip_losses(self, losses_B: Tensor, present_B: Tensor) -> Tensor:
-        """Sum of the present records' losses, each clipped to [0, loss_bound]; what is not finite counts as zero."""
-        finite_B = torch.where(present_B & torch.isfinite(losses_B), losses_B, torch.zeros_like(losses_B))
+        """Sum of the present units' losses, each clipped to [0, loss_bound]; what is not finite counts as zero.
+
+        In float64: an fp32 sum of a large batch would round by more than a unit's share of the noise allows for.
+        """
+        finite_B = torch.where(present_B & torch.isfinite(losses_B), losses_B, 0.0).double()
         return finite_B.clamp(0.0, self.terms.loss_bound).sum()
 
     def release_loss(self, clipped_sum: Tensor, charge: Charge) -> float:

@@ -30,7 +30,6 @@ from kernels.noise import KEYSTREAMS, visit_gaussian
 
 GRID_BITS = 44  # the grid the sum is formed on lies this far below the noise
 RELEASED_BITS = 16  # and the grid it is released on, this far
-_PIECE = 1 << 15  # stays in cache, and is too little for torch to start threads of its own over
 _COARSENING = 2.0 ** (GRID_BITS - RELEASED_BITS)
 
 
@@ -70,30 +69,32 @@ class GaussianNoise:
         finite is refused before anything is drawn: a sum of clipped terms is finite by construction, so the fault lies
         in whatever summed it, and noise would not hide it.
         """
-        _check(shard, name, step, std)
+        values = _values_of(shard, name, step, std)
         spacing = grid_spacing(std)
 
-        def add(start: int, normals: Tensor) -> None:
-            noise = normals.mul_(std / spacing).round_()
-            _release_(shard[start : start + len(noise)], noise, spacing)
+        def add(start: int, normals: NDArray[np.float64]) -> None:
+            noise = normals
+            noise *= std / spacing
+            np.rint(noise, out=noise)
+            _release_(values[start : start + len(noise)], noise, spacing)
 
         self.visit(add, name=name, offset=offset, length=shard.numel(), step=step, attempt=attempt)
+        _put_back(shard, values)
 
     def visit(
-        self, visit: Callable[[int, Tensor], None], *, name: str, offset: int, length: int, step: int, attempt: int
+        self,
+        visit: Callable[[int, NDArray[np.float64]], None],
+        *,
+        name: str,
+        offset: int,
+        length: int,
+        step: int,
+        attempt: int,
     ) -> None:
-        """Call `visit(start, normals)` on pieces that cover this draw's standard normals once; float64, on the CPU.
-
-        A piece is `visit`'s to overwrite; several threads may call it at a time, each with pieces of its own.
-        """
+        """Hand this draw's standard normals to `visit`, as `kernels.noise.visit_gaussian` does."""
         label = "\x1f".join(("noise", self._stage, str(step), str(attempt), name))
         key = hmac.new(self._secret, label.encode(), hashlib.sha256).digest()
-
-        def cut(start: int, normals: NDArray[np.float64]) -> None:
-            for low in range(0, len(normals), _PIECE):
-                visit(start + low, torch.from_numpy(normals[low : low + _PIECE]))  # pyright: ignore[reportUnknownMemberType]
-
-        visit_gaussian(key, offset, length, cut, self.generator)
+        visit_gaussian(key, offset, length, visit, self.generator)
 
 
 def banded_coefficients(bands: int) -> list[float]:
@@ -115,7 +116,7 @@ class _History:
 
     std: float
     next_step: int
-    noises: Tensor  # (bands - 1, elements) float64; zero where the segment had not begun
+    noises: NDArray[np.float64]  # (bands - 1, elements); zero where the segment had not begun
 
 
 class BandedNoise:
@@ -157,40 +158,51 @@ class BandedNoise:
 
     def add_(self, shard: Tensor, *, name: str, offset: int, step: int, attempt: int, std: float) -> None:
         """Like `GaussianNoise.add_`, with the noise of step `step`; a shard's steps must follow each other."""
-        _check(shard, name, step, std)
+        values = _values_of(shard, name, step, std)
         history = self._histories.get((name, offset))
         if history is None:
-            past = torch.zeros(self.bands - 1, shard.numel(), dtype=torch.float64)
-            history = self._histories[name, offset] = _History(std, step, past)
+            history = _History(std, step, np.zeros((self.bands - 1, shard.numel())))
+            self._histories[name, offset] = history
         _check_succession(history, shard, name, step, std)
         spacing = grid_spacing(std)
         rows = [(step - k) % (self.bands - 1) for k in range(1, self.bands)]
 
-        def add(start: int, normals: Tensor) -> None:
-            noise, past = (
-                normals.mul_(self._norm * std / spacing).round_(),
-                history.noises[:, start : start + len(normals)],
-            )
-            correction = torch.zeros_like(noise)
+        def add(start: int, normals: NDArray[np.float64]) -> None:
+            noise, past = normals, history.noises[:, start : start + len(normals)]
+            noise *= self._norm * std / spacing
+            np.rint(noise, out=noise)
+            correction = np.zeros_like(noise)
             for coefficient, row in zip(self._coefficients[1:], rows, strict=True):
-                correction += past[row] * coefficient  # two roundings: a fused one would depend on the position
-            noise -= correction.round_()
+                correction += past[row] * coefficient
+            noise -= np.rint(correction)
             if rows:
                 past[rows[-1]] = noise  # in the oldest one's place, which was read for the last time
-            _release_(shard[start : start + len(noise)], noise, spacing)
+            _release_(values[start : start + len(noise)], noise, spacing)
 
         self._noise.visit(add, name=name, offset=offset, length=shard.numel(), step=step, attempt=attempt)
         history.next_step = step + 1
+        _put_back(shard, values)
 
 
-def _check(shard: Tensor, name: str, step: int, std: float) -> None:
+def _values_of(shard: Tensor, name: str, step: int, std: float) -> NDArray[np.floating]:
+    """The shard's values in host memory, its own where it lies there, once they and the noise are fit for release.
+
+    NumPy does the arithmetic: torch's threads inside the sampler's would wait for each other.
+    """
     if not 2.0**-900 < std < 2.0**900:
         raise ValueError(f"noise on {name} at step {step} has standard deviation {std}: it must be positive and finite")
-    if not bool(torch.isfinite(shard).all()):
+    values: NDArray[np.floating] = shard.detach().cpu().numpy()
+    if not np.isfinite(values).all():
         raise ValueError(
             f"the sum of {name} at step {step} is not finite, which clipped terms cannot make it: it was not released; "
             "look for an overflow after clipping"
         )
+    return values
+
+
+def _put_back(shard: Tensor, values: NDArray[np.floating]) -> None:
+    if shard.device.type != "cpu":
+        shard.copy_(torch.from_numpy(values))  # pyright: ignore[reportUnknownMemberType]
 
 
 def _check_succession(history: _History, shard: Tensor, name: str, step: int, std: float) -> None:
@@ -207,7 +219,13 @@ def _check_succession(history: _History, shard: Tensor, name: str, step: int, st
         )
 
 
-def _release_(shard: Tensor, noise: Tensor, spacing: float) -> None:
-    """shard <- shard + noise * spacing by way of the grid; `noise` is whole, float64. Powers of two scale exactly."""
-    total = shard.double().mul_(1.0 / spacing).round_().add_(noise.to(shard.device))
-    shard.copy_(total.mul_(1.0 / _COARSENING).round_().mul_(_COARSENING * spacing))
+def _release_(values: NDArray[np.floating], noise: NDArray[np.float64], spacing: float) -> None:
+    """values <- values + noise * spacing by way of the grid; `noise` is whole. Powers of two scale exactly."""
+    total = values.astype(np.float64)
+    total *= 1.0 / spacing
+    np.rint(total, out=total)
+    total += noise
+    total *= 1.0 / _COARSENING
+    np.rint(total, out=total)
+    total *= _COARSENING * spacing
+    values[:] = total

@@ -8,6 +8,8 @@ from typing import Any
 from privacy.audit import AuditReport
 from train.run_folder import RunFolder
 
+MECHANISM = ("sampling", "expected_batch_size", "num_units", "noise_multiplier", "max_grad_norm", "steps")
+
 
 def privacy_card(report: AuditReport, manifest: Mapping[str, Any], run: RunFolder) -> dict[str, Any]:
     """The guarantee and its evidence, as JSON values; without a private stage it says that nothing is promised."""
@@ -22,7 +24,7 @@ def privacy_card(report: AuditReport, manifest: Mapping[str, Any], run: RunFolde
             "unit": spending.unit,
             "relation": spending.relation,
             "accountant": spending.accountant,
-            "mechanism": {key: metrics[key] for key in ("noise_multiplier", "sampling_rate", "max_grad_norm", "steps")},
+            "mechanism": {key: metrics[key] for key in MECHANISM},
             "dataset_root": spending.dataset_root,
         }
         card["ledger"] = {"id": spending.ledger_id, "head": spending.head, "charges": spending.charges}

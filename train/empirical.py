@@ -40,6 +40,7 @@ from privacy.mechanism import Mechanism, OwnedShard
 from privacy.secrets import signing_seed
 from train.config import FinetuneStage
 from train.data import Batch
+from train.evaluation import _one_thread
 from train.optim import ExponentialMovingAverage
 from train.parallel import World, join_world, shard_model
 from train.private import mechanism_terms, stage_clipper
@@ -240,7 +241,11 @@ def attack_engine(
     """Every step of `stage` as `train.step` runs it; a canary's score is the sum, over the steps, of its direction's
     inner product with what was released, in clipping bounds."""
     microbatch_size = stage.train.microbatch_size
-    with _alone() as world, open_mechanism(engine, stage, split, ledger_path, secret) as mechanism:
+    with (
+        _one_thread(),
+        _alone() as world,
+        open_mechanism(engine, stage, split, ledger_path, secret) as mechanism,
+    ):
         backend = shard_model(model, world, stage.parallel, stage.optim, microbatch_size=microbatch_size, bf16=False)
         with Canaries(model, split.num_canaries, OVERSHOOT * stage.privacy.max_grad_norm) as canaries:
             step_once = PrivateStep(

@@ -15,6 +15,7 @@ from train.config import DiTModel, FinetuneStage, IngestStage, Parallel, StageCo
 from train.hardware import Hardware, find_hardware, known_hardware
 from train.launchers import Placement, stage_command, worker_arguments
 from train.recipe import ConfigError, Recipe, model_of
+from train.shards import parse_entry
 from train.sources import DIGITS_SPLITS, DigitsSource
 
 FP32 = 4  # bytes
@@ -90,15 +91,17 @@ def _plan_stage(recipe: Recipe, stage: StageConfig, run_dir: Path, placement: Pl
     if isinstance(stage, FinetuneStage):
         from privacy.accounting import delta_warning
 
-        num_records = count_records(recipe, stage, run_dir)
-        if num_records is None:
-            notes.append("epsilon: the number of records is not known before the data is there; set expected_records")
+        users = stage.privacy.unit == "user"
+        num_units = count_users(stage, run_dir) if users else count_records(recipe, stage, run_dir)
+        if num_units is None:
+            mend = "" if users else "; set expected_records"
+            notes.append(f"epsilon: the number of {stage.privacy.unit}s is not known before the data is there{mend}")
         else:
             ledger = Path(stage.privacy.ledger) if stage.privacy.ledger else run_dir / "ledger.jsonl"
-            privacy = plan_privacy(stage, num_records, ledger)
+            privacy = plan_privacy(stage, num_units, ledger)
             if privacy is None:
                 notes.append(f"epsilon: all that is allowed on this data set is spent ({ledger})")
-            warning = delta_warning(stage.privacy.delta, num_records)
+            warning = delta_warning(stage.privacy.delta, num_units)
             notes += [warning] if warning else []
     return StagePlan(
         stage.name, stage.kind, command, world_size, num_parameters, memory, _fits(stage, memory), privacy, tuple(notes)
@@ -186,8 +189,7 @@ def count_records(recipe: Recipe, stage: TrainStage, run_dir: Path) -> int | Non
 
     What a filter will drop is not known beforehand, so the source's number is an upper bound and epsilon a lower one.
     """
-    indexes = sorted((run_dir / stage.data_from / stage.split).glob("*.index.jsonl"))
-    if indexes:
+    if indexes := _indexes(stage, run_dir):
         return sum(index.read_bytes().count(b"\n") for index in indexes)
     if stage.expected_records is not None:
         return stage.expected_records
@@ -197,6 +199,17 @@ def count_records(recipe: Recipe, stage: TrainStage, run_dir: Path) -> int | Non
     if isinstance(source.source, DigitsSource):
         return next((count for split, count in DIGITS_SPLITS.items() if split == stage.split), None)
     return None
+
+
+def count_users(stage: TrainStage, run_dir: Path) -> int | None:
+    """Users of the stage's split, where its shards are there; None before."""
+    indexes = _indexes(stage, run_dir)
+    users = {parse_entry(line, str(index))["unit"] for index in indexes for line in index.read_bytes().splitlines()}
+    return len(users) if indexes else None
+
+
+def _indexes(stage: TrainStage, run_dir: Path) -> list[Path]:
+    return sorted((run_dir / stage.data_from / stage.split).glob("*.index.jsonl"))
 
 
 def _count_parameters(model: DiTModel) -> tuple[int, int]:

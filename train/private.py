@@ -110,6 +110,8 @@ def stage_clipper(stage: FinetuneStage, model: DiTConfig, backend: Backend, resu
     privacy, engine, why = stage.privacy, stage.privacy.clipping, "as configured"
     if engine == "auto":
         engine, why = _fitting_engine(stage, model, backend)
+    if stage.parallel.compile:  # compiled parts would free their buffers after the first of two backwards
+        torch._functorch.config.donated_buffer = False  # pyright: ignore[reportAttributeAccessIssue]
     if backend.world.rank == 0:
         print(f"clipping: {engine} ({why})", flush=True)
     clipper = make_clipper(engine, backend.module, privacy.max_grad_norm)

@@ -165,7 +165,7 @@ class PrivateStep:
         slots = mechanism.draw(charge)  # the same on every rank
         mine = self.batches.share(slots)
         failpoint("batch.drawn", step=step)
-        loss = torch.zeros((), device=world.device)
+        loss = torch.zeros((), device=world.device, dtype=torch.float64)
         for batch in self.batches.of(step, len(slots), mine, self._load(mine)):
             losses_B = self.clipper.accumulate(self.backend, batch.losses, batch.present_B, last=batch.last)
             loss += mechanism.clip_losses(losses_B, batch.present_B)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 
@@ -86,35 +87,33 @@ def flat_sum(gradients: Gradients, uses: Mapping[str, str], bound: float) -> dic
     for name, value in gradients.items():
         owner = uses.get(name, name)
         totals[owner] = totals[owner] + value if owner in totals else value
-    norm_B = torch.stack([g.flatten(1).square().sum(1) for g in totals.values()]).sum(0).sqrt()
-    weight_B = (bound / norm_B).clamp(max=1.0)
+    weight_B = (bound / norms(totals)).clamp(max=1.0)
     return {name: torch.tensordot(weight_B, g, dims=1) for name, g in totals.items()}
 
 
-def group_wise_sum(gradients: Gradients, uses: Mapping[str, str], bounds: Mapping[str, float]) -> dict[str, Tensor]:
-    """Each use of a layer clipped by itself to its bound, by the name of the plain model's module."""
+def norms(gradients: Gradients) -> Tensor:
+    """Each record's norm over all parameters, (B,)."""
+    return torch.stack([g.reshape(len(g), -1).square().sum(1) for g in gradients.values()]).sum(0).sqrt()
+
+
+def group_wise_sum(gradients: Gradients, uses: Mapping[str, str], bound: float) -> dict[str, Tensor]:
+    """Each use of each layer clipped by itself: K layers have bound / sqrt(K) each, shared evenly among their uses."""
+    layers: dict[str, list[list[str]]] = {}  # for each layer, the names of each use
+    met = Counter[str]()
+    for name in gradients:
+        owner = uses.get(name, name)
+        of_layer = layers.setdefault(owner.rpartition(".")[0], [])
+        if met[owner] == len(of_layer):
+            of_layer.append([])
+        of_layer[met[owner]].append(name)
+        met[owner] += 1
     totals: dict[str, Tensor] = {}
-    for module in {name.rpartition(".")[0] for name in gradients}:
-        own = {name: g for name, g in gradients.items() if name.rpartition(".")[0] == module}
-        norm_B = torch.stack([g.flatten(1).square().sum(1) for g in own.values()]).sum(0).sqrt()
-        weight_B = (bounds[module] / norm_B).clamp(max=1.0)
-        for name, g in own.items():
-            owner = uses.get(name, name)
-            part = torch.tensordot(weight_B, g, dims=1)
-            totals[owner] = totals[owner] + part if owner in totals else part
+    for of_layer in layers.values():
+        for names in of_layer:
+            share = flat_sum({n: gradients[n] for n in names}, uses, bound / math.sqrt(len(layers)) / len(of_layer))
+            for name, part in share.items():
+                totals[name] = totals[name] + part if name in totals else part
     return totals
-
-
-def bounds_of_uses(gradients: Gradients, groups: Mapping[str, int], bound: float) -> dict[str, float]:
-    """The share of `bound` of each module of the plain model: K groups, each split evenly among its uses.
-
-    groups: the group's number for the modules that share one; the others have one of their own.
-    """
-    modules = sorted({name.rpartition(".")[0] for name in gradients})
-    of_module = {module: groups.get(module, module) for module in modules}
-    sizes = list(of_module.values())
-    num_groups = len(set(sizes))
-    return {m: bound / math.sqrt(num_groups) / sizes.count(group) for m, group in of_module.items()}
 
 
 def relative_error(got: Gradients, expected: Gradients) -> float:
@@ -125,5 +124,3 @@ def relative_error(got: Gradients, expected: Gradients) -> float:
 
 def norm_of(gradients: Gradients) -> float:
     return torch.stack([g.double().norm() for g in gradients.values()]).norm().item()
-
-

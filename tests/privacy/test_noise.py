@@ -155,11 +155,11 @@ def test_moving_the_gradient_moves_the_release_and_changes_nothing_else(start: i
 @settings(max_examples=50, deadline=None)
 def test_the_release_is_the_exact_sum_on_the_grid_rounded_afterwards(value: float, std: float) -> None:
     spacing, count = grid_spacing(std), 16
-    collected: list[Tensor] = []
+    collected: list[NDArray[np.float64]] = []
     draw = {k: v for k, v in DRAW.items() if k != "std"}
-    noise().visit(lambda _, normals: collected.append(normals.clone()), length=count, **draw)
+    noise().visit(lambda _, normals: collected.append(normals.copy()), length=count, **draw)
     found = released(torch.full((count,), value, dtype=torch.float64), std=std).tolist()
-    for out, normal in zip(found, torch.cat(collected).tolist(), strict=True):
+    for out, normal in zip(found, np.concatenate(collected).tolist(), strict=True):
         whole = round(Fraction(value) / Fraction(spacing)) + round(normal * (std / spacing))
         in_float64 = Fraction(float(whole))  # the exact sum, rounded once
         coarse = 2 ** (GRID_BITS - RELEASED_BITS)

@@ -1,0 +1,137 @@
+"""Every layer under every engine, against per-record gradients by `torch.func`, clipped and summed in plain sight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from kernels import ghost_norm
+from kernels.ghost_norm import OuterProducts
+from models.dit import DiT, DiTConfig
+from models.layers import Conv2d, Embedding, Linear
+from tests.privacy.clipped_sums import (
+    ENGINES,
+    OneProcess,
+    clipped_sum,
+    clipper_of,
+    flat_sum,
+    gradients_of,
+    group_wise_sum,
+    losses_of,
+    norms,
+    per_record_gradients,
+    relative_error,
+)
+from tests.privacy.layer_cases import CASES, RECORDS, SEVERAL_ROWS, Case, draw
+
+TOLERANCES = [(torch.float64, 1e-10), (torch.float32, 1e-5)]
+
+
+def error_of(case: Case, engine: str, backend: OneProcess | None = None) -> float:
+    """The clipped sum's relative distance from the oracle's, under a bound that binds for most records."""
+    gradients = per_record_gradients(case.plain, case.inputs, RECORDS)
+    bound = 0.9 * norms(gradients).median().item()
+    oracle = group_wise_sum if engine == "group_wise" else flat_sum
+    expected = oracle(gradients, case.uses, bound)
+    assert relative_error(expected, flat_sum(gradients, case.uses, 1e30)) > 0.01, "the bound did not bind"
+
+    def losses(model: nn.Module) -> Tensor:
+        return losses_of(model(*case.inputs), RECORDS)
+
+    got = clipped_sum(engine, case.private, losses, torch.ones(RECORDS, dtype=torch.bool), bound, backend)
+    scale = 1.0 if backend is None else backend.loss_scale
+    return relative_error({name: g / scale for name, g in got.items()}, expected)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("num_tokens", [3, 40])
+@pytest.mark.parametrize("layer", CASES)
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
+def test_the_sum_equals_that_of_clipped_per_record_gradients(
+    dtype: torch.dtype, tolerance: float, layer: str, num_tokens: int, engine: str
+) -> None:
+    assert error_of(CASES[layer](num_tokens).to(dtype), engine) < tolerance
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("num_tokens", [3, 40])
+@pytest.mark.parametrize("layer", SEVERAL_ROWS)
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
+def test_several_rows_of_a_record_are_one_unit(
+    dtype: torch.dtype, tolerance: float, layer: str, num_tokens: int, engine: str
+) -> None:
+    assert error_of(SEVERAL_ROWS[layer](num_tokens).to(dtype), engine) < tolerance
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("layer", ["linear_3d", "embedding", "shared_block", "tied_embedding_and_head", "qk_norm"])
+@pytest.mark.parametrize(("forward_once", "loss_scale"), [(True, 3.0), (False, 3.0)], ids=["zero_1_2", "zero_3"])
+def test_a_backend_that_scales_the_loss_or_needs_two_forwards_gets_the_same_sum(
+    forward_once: bool, loss_scale: float, layer: str, engine: str
+) -> None:
+    case = CASES[layer](12).to(torch.float64)
+    backend = OneProcess(case.private, forward_once=forward_once, loss_scale=loss_scale)
+    assert error_of(case, engine, backend) < 1e-10
+
+
+def test_these_cases_take_every_path_to_a_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = set[str]()
+    squared_norms = OuterProducts.squared_norms
+
+    def observed(self: OuterProducts, *, reuse: ghost_norm.Reuse = None) -> Tensor:
+        num_tokens, gram = self.left_BGND.shape[2], len(grams)
+        found = squared_norms(self, reuse=reuse)
+        if len(grams) > gram:
+            taken.add("gram_in_bands" if num_tokens >= 32 else "gram")
+        else:
+            taken.add("direct" if num_tokens == 1 else f"formed_{reuse}")
+        return found
+
+    grams: list[None] = []
+    by_gram = ghost_norm._squared_norms_by_gram
+    monkeypatch.setattr(OuterProducts, "squared_norms", observed)
+    monkeypatch.setattr(ghost_norm, "_squared_norms_by_gram", lambda *x: grams.append(None) or by_gram(*x))
+    for engine in ENGINES:
+        for layer, num_tokens in (("linear_2d", 1), ("linear_3d", 3), ("linear_3d", 40), ("wide", 40)):
+            case = wide_linear(num_tokens) if layer == "wide" else CASES[layer](num_tokens)
+            assert error_of(case.to(torch.float64), engine) < 1e-10
+    assert taken == {"direct", "gram", "gram_in_bands", "formed_None", "formed_later", "formed_at_once"}
+
+
+def wide_linear(num_tokens: int) -> Case:
+    """Wide enough that Gram matrices pay even for 40 tokens."""
+
+    def model(kind: type[nn.Linear]) -> nn.Module:
+        return nn.Sequential(kind(4, 90), nn.Tanh(), kind(90, 90), nn.Tanh(), kind(90, 3))
+
+    return Case(model(Linear), model(nn.Linear), (draw(RECORDS, num_tokens, 4),))
+
+
+@pytest.mark.parametrize("num_tokens", [3, 40])
+@pytest.mark.parametrize(
+    "layer",
+    ["linear_2d", "linear_3d", "linear_4d", "conv_padded", "conv_patchify", "conv_dilated", "conv_in_groups"]
+    + ["conv_depthwise", "embedding", "embedding_with_padding", "layer_norm", "layer_norm_without_bias", "rms_norm_3d"]
+    + ["shared_block", "ada_ln", "qk_norm"],
+)
+def test_opacus_finds_the_same_per_record_gradients(layer: str, num_tokens: int) -> None:
+    from opacus import GradSampleModule
+
+    case = CASES[layer](num_tokens).to(torch.float64)
+    theirs = GradSampleModule(case.plain, loss_reduction="sum")
+    losses_of(theirs(*case.inputs), RECORDS).sum().backward()
+    gradients = {name.removeprefix("_module."): p.grad_sample for name, p in theirs.named_parameters()}
+    bound = 0.9 * norms(gradients).median().item()
+
+    def losses(model: nn.Module) -> Tensor:
+        return losses_of(model(*case.inputs), RECORDS)
+
+    for engine in ENGINES:
+        expected = (group_wise_sum if engine == "group_wise" else flat_sum)(gradients, case.uses, bound)
+        got = clipped_sum(engine, case.private, losses, torch.ones(RECORDS, dtype=torch.bool), bound)
+        assert relative_error(got, expected) < 1e-10
