@@ -325,7 +325,8 @@ def _require_full_precision(device: torch.device) -> None:
     """Products of fewer bits would carry norms further below the true ones than the rounding guard allows for."""
     if torch.is_autocast_enabled(device.type):
         raise ValueError("autocast is on around the clipper, whose norms are fp32: turn it on within `losses` only")
-    precisions: set[str] = {torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision}
+    backends: Any = torch.backends
+    precisions: set[str] = {backend.matmul.fp32_precision for backend in (backends.cuda, backends.mkldnn)}
     if not precisions <= {"none", "ieee"}:
         raise ValueError(
             f"fp32 matrix products are taken in {' and '.join(sorted(precisions))}, too few bits for the clipping "

@@ -325,11 +325,40 @@ class EvalStage(StageConfig):
     seed: Natural = 0
 
 
+class Empirical(Section):
+    """A throwaway run on public records with canaries among them, which shows how much epsilon an attack can prove."""
+
+    canaries: Positive = 1000
+    guesses: Annotated[int, Field(gt=0, multiple_of=2)] = 200  # fixed beforehand; on the others the attacker abstains
+    steps: Positive = 30
+    sampling_rate: Annotated[float, Field(gt=0, le=1)] = 0.25
+    target_epsilon: PositiveFloat = 2.0  # of the throwaway run's own ledger
+
+
+class Extraction(Section):
+    """Samples beside their nearest training images: how many are copies."""
+
+    samples_per_class: Positive = 20
+    reference_images: Positive = 2000
+    sampler_steps: Positive = 30
+    seed: Natural = 0
+
+
 class AuditStage(StageConfig):
-    """The ledger read again by itself: what was spent, and whether the run folder bears it out."""
+    """The ledger read again by itself: what was spent, and whether the run folder bears it out; and two attacks."""
 
     kind = "audit"
     stage: Literal["audit"]
+    init_from: StageName | None = None  # the private stage whose engine is attacked and whose samples are searched
+    data_from: StageName | None = None  # whose public split the attacks use
+    empirical: Empirical | None = None
+    extraction: Extraction | None = None
+
+    @model_validator(mode="after")
+    def _attacks_have_what_they_need(self) -> Self:
+        if (self.empirical or self.extraction) and not (self.init_from and self.data_from):
+            raise ValueError("empirical and extraction need init_from, a finetune_dp stage, and data_from: name both")
+        return self
 
 
 class ExportStage(StageConfig):

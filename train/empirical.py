@@ -40,7 +40,7 @@ from privacy.mechanism import Mechanism, OwnedShard
 from privacy.secrets import signing_seed
 from train.config import FinetuneStage
 from train.data import Batch
-from train.evaluation import _one_thread
+from train.evaluation import one_thread
 from train.optim import ExponentialMovingAverage
 from train.parallel import World, join_world, shard_model
 from train.private import mechanism_terms, stage_clipper
@@ -242,7 +242,7 @@ def attack_engine(
     inner product with what was released, in clipping bounds."""
     microbatch_size = stage.train.microbatch_size
     with (
-        _one_thread(),
+        one_thread(),
         _alone() as world,
         open_mechanism(engine, stage, split, ledger_path, secret) as mechanism,
     ):

@@ -33,7 +33,7 @@ _FEATURES = 64
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """The order of a sum hangs on the number of threads; and on images this small a second one gains nothing."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -68,14 +68,14 @@ class Classifier:
         return self._run(self._network, images).argmax(1).numpy()
 
     @torch.no_grad()
-    @_one_thread()
+    @one_thread()
     def _run(self, network: nn.Module, images: Tensor) -> Tensor:
         if tuple(images.shape[1:]) != self._image_shape:
             raise ValueError(f"images are {tuple(images.shape[1:])}, and the classifier knows {self._image_shape}")
         return torch.cat([network(batch) for batch in images.float().cpu().split(_BATCH)])
 
 
-@_one_thread()
+@one_thread()
 def train_classifier(images: Tensor, labels: Tensor, seed: int, steps: int = 600) -> Classifier:
     """A small convolutional network for images [N, C, H, W] in [-1, 1] (H, W from 8 to 64) and int64 labels [N].
 
@@ -213,8 +213,8 @@ def _share_within(points_ND: Array, manifold_MD: Array, k: int) -> float:
         raise ValueError(f"precision and recall with k = {k} need more than {k} images of each, not {len(manifold_MD)}")
     points, manifold = torch.from_numpy(points_ND), torch.from_numpy(manifold_MD)
     # a member's nearest is itself, at distance 0: the k-th other one is the (k + 1)-th of all
-    radius_M = torch.cat([rows.kthvalue(k + 1, dim=1).values for rows in _distances(manifold, manifold)])
-    return float(torch.cat([(rows <= radius_M).any(1) for rows in _distances(points, manifold)]).double().mean())
+    radius_M = torch.cat([rows.kthvalue(k + 1, dim=1).values for rows in distances(manifold, manifold)])
+    return float(torch.cat([(rows <= radius_M).any(1) for rows in distances(points, manifold)]).double().mean())
 
 
 def class_fidelity(classifier: Classifier, samples: Tensor, labels: Tensor) -> float:
@@ -237,11 +237,11 @@ def copy_rate(samples: Tensor, train_images: Tensor, held_out: Tensor, quantile:
 
 def _nearest(images: Tensor, train_images: Tensor) -> Array:
     """Each image's pixel distance to the nearest training image."""
-    rows = _distances(images.flatten(1).double(), train_images.flatten(1).double())
+    rows = distances(images.flatten(1).double(), train_images.flatten(1).double())
     return torch.cat([row.min(1).values for row in rows]).numpy()
 
 
-def _distances(x: Tensor, y: Tensor) -> Iterator[Tensor]:
+def distances(x: Tensor, y: Tensor) -> Iterator[Tensor]:
     """Euclidean distances of x's rows to y's, some rows at a time.
 
     By differences and not by a matrix product, whose cancellation would give a point a distance to itself.

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from privacy.empirical import proportion_interval
-from train.evaluation import Array, _distances
+from train.evaluation import Array, distances
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def nearness(images: Tensor, train_images: Tensor, neighbours: int) -> Array:
 
     In [0, 1]; 0 for an exact copy, near 1 where no training image stands out.
     """
-    rows = _distances(images.flatten(1).double(), train_images.flatten(1).double())
+    rows = distances(images.flatten(1).double(), train_images.flatten(1).double())
     nearest = torch.cat([row.topk(neighbours, dim=1, largest=False).values for row in rows])
     mean = nearest.mean(1)
     return torch.where(mean > 0, nearest[:, 0] / mean, torch.zeros_like(mean)).numpy()

@@ -5,10 +5,11 @@
 from __future__ import annotations
 
 import json
+import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +20,24 @@ import torch.distributed as dist
 from checkpointing.export import DIFFUSERS_WEIGHTS_FILE, ExportError, to_diffusers, write_export
 from models.dit import DiTConfig
 from models.flow import Objective
-from privacy.audit import AuditReport, audit_run
+from privacy.audit import AuditReport, Claim, audit_run
+from privacy.empirical import EngineCheck
 from train.card import model_card, privacy_card
 from train.config import (
     AuditStage,
     EvalStage,
     ExportStage,
     FilterStage,
+    FinetuneStage,
     IngestStage,
     StageConfig,
     TrainStage,
     check_batch,
 )
 from train.data import ShardDataset
+from train.empirical import check_engine
 from train.evaluation import evaluate, image_grid, train_classifier, validation_loss
+from train.extraction import find_copies
 from train.filtering import filter_shards
 from train.generation import build, generate
 from train.loop import load_average, train
@@ -245,11 +250,75 @@ def _quality(source: str, figures: Mapping[str, Any], grid: Path) -> dict[str, s
 def _audit(stage: AuditStage, run: RunFolder, progress: Progress) -> Result:
     progress(0, None, "recomputing epsilon from the ledger alone")
     report = audit_run(run.path)
-    path = run.stage_folder(stage.name) / "audit.json"
-    write_json(path, report.as_dict())
+    folder = run.stage_folder(stage.name)
+    headline, rows = {}, list[Row]()
+    attacks: dict[str, Any] = {}
+    if stage.empirical is not None:
+        check = _attack_engine(stage, run, progress)
+        attacks["empirical"] = asdict(check) | {"verdict": check.verdict, "holds": check.holds}
+        claim = "an attack on the engine shows no more epsilon than its ledger says, and sees where noise is missing"
+        report.claims.append(Claim(claim, check.holds, check.verdict))
+        headline["attack on the engine"] = check.verdict
+        bound = check.engine.epsilon_lower_bound
+        rows.append(Row(name=f"{stage.name}.epsilon_lower_bound", value=bound, unit="epsilon", target=check.epsilon,
+                        ok=bound <= check.epsilon))  # fmt: skip
+    if stage.extraction is not None:
+        attacks["extraction"] = _search_copies(stage, run, progress)
+        headline["copies among the samples"] = attacks["extraction"]["verdict"]
+    path = folder / "audit.json"
+    write_json(path, report.as_dict() | attacks)
     _refuse_false_claims(report)
-    headline = {"verdict": report.verdict, "report": str(path)}
-    return Result({"claims": len(report.claims), "headline": headline}, (path,))
+    headline = {"verdict": report.verdict, "report": str(path), **headline}
+    return Result({"claims": len(report.claims), "headline": headline, "rows": rows, **attacks}, (path,))
+
+
+def _audited(stage: AuditStage, run: RunFolder) -> FinetuneStage:
+    """The private stage that the attacks are about."""
+    manifest = run.read_manifest(stage.init_from or "")
+    if manifest is None or manifest["kind"] != FinetuneStage.kind:
+        raise ValueError(f"init_from of {stage.name} is {stage.init_from}: the attacks need a finished private stage")
+    return FinetuneStage(**manifest["config"])
+
+
+def _attack_engine(stage: AuditStage, run: RunFolder, progress: Progress) -> EngineCheck:
+    assert stage.empirical is not None
+    assert stage.init_from is not None
+    config, weights, _ = load_average(run, stage.init_from)
+    public = ShardDataset(run.path / str(stage.data_from) / "public", "public")
+    settings = stage.empirical.model_dump()
+    return check_engine(
+        _audited(stage, run), config, weights, public, secrets.token_bytes(32), progress=progress, **settings
+    )
+
+
+def _search_copies(stage: AuditStage, run: RunFolder, progress: Progress) -> dict[str, Any]:
+    """Copies of training images among the samples: of private ones only where operator metrics are allowed."""
+    assert stage.extraction is not None
+    assert stage.init_from is not None
+    settings, audited, data = stage.extraction, _audited(stage, run), run.path / str(stage.data_from)
+    config, weights, _ = load_average(run, stage.init_from)
+    outside = audited.privacy.operator_metrics
+    split = audited.split if outside else "public"
+    labels = torch.arange(config.num_classes).repeat_interleave(settings.samples_per_class)
+    progress(0, None, f"searching the samples for copies of {split} images")
+    samples = generate(
+        build(config, weights),
+        objective_of(run, stage.init_from),
+        labels,
+        seed=settings.seed,
+        sampler="euler",
+        steps=settings.sampler_steps,
+        guidance=1.0,
+    )
+    training, _ = _images(data, split, settings.reference_images, config)
+    held_out, _ = _images(data, "test", settings.reference_images, config)
+    found = find_copies(samples, training, held_out)
+    note = "operator-only, outside the guarantee" if outside else "private ones are not looked at"
+    verdict = (
+        f"{found.samples.rate:.3f} [{found.samples.low:.3f}, {found.samples.high:.3f}] of {split} images, and "
+        f"{found.held_out.rate:.3f} of held-out images ({note})"
+    )
+    return asdict(found) | {"split": split, "outside_guarantee": outside, "found": found.found, "verdict": verdict}
 
 
 def _refuse_false_claims(report: AuditReport) -> None:

@@ -117,7 +117,9 @@ def prepare(folder: Path, case: str) -> None:
         fencing_epoch=1,
     ) as ledger:
         terms = mechanism_terms(stage, ledger_name(run, stage), num_units(stage, dataset))
-        Mechanism(terms, secret, ledger, lambda value: value, code_version="test", config_sha256=stage.sha256())
+        unit_of = dataset.unit_of if terms.unit == "user" else None
+        here = {"code_version": "test", "config_sha256": stage.sha256(), "unit_of": unit_of}
+        Mechanism(terms, secret, ledger, lambda value: value, **here)
 
 
 @functools.cache

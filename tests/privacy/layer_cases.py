@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from kernels import per_record
 from kernels.per_record import PerRecordModule
 from models.layers import Conv2d, Embedding, LayerNorm, LearnedTensor, Linear, LoRALinear, RMSNorm, modulated_norm
+from tests.privacy.clipped_sums import losses_of
 
 RECORDS, WIDTH, VOCABULARY, PADDING = 5, 6, 7, 2
 
@@ -28,6 +29,10 @@ class Case:
     plain: nn.Module
     inputs: tuple[Tensor, ...]
     uses: Mapping[str, str] = field(default_factory=dict)
+
+    def losses(self, model: nn.Module) -> Tensor:
+        """Each record's loss (B,) under either model."""
+        return losses_of(model(*self.inputs), RECORDS)
 
     def to(self, dtype: torch.dtype) -> Case:
         """The case in `dtype`, with random weights, the same in both models."""

@@ -39,11 +39,7 @@ def error_of(case: Case, engine: str, backend: OneProcess | None = None) -> floa
     oracle = group_wise_sum if engine == "group_wise" else flat_sum
     expected = oracle(gradients, case.uses, bound)
     assert relative_error(expected, flat_sum(gradients, case.uses, 1e30)) > 0.01, "the bound did not bind"
-
-    def losses(model: nn.Module) -> Tensor:
-        return losses_of(model(*case.inputs), RECORDS)
-
-    got = clipped_sum(engine, case.private, losses, torch.ones(RECORDS, dtype=torch.bool), bound, backend)
+    got = clipped_sum(engine, case.private, case.losses, torch.ones(RECORDS, dtype=torch.bool), bound, backend)
     scale = 1.0 if backend is None else backend.loss_scale
     return relative_error({name: g / scale for name, g in got.items()}, expected)
 
@@ -112,13 +108,14 @@ def wide_linear(num_tokens: int) -> Case:
     return Case(model(Linear), model(nn.Linear), (draw(RECORDS, num_tokens, 4),))
 
 
+# What Opacus 1.6 supports: it fails on a LayerNorm without bias, and knows neither LearnedTensor nor tied weights.
+OPACUS = ["linear_2d", "linear_3d", "linear_4d", "conv_padded", "conv_patchify", "conv_dilated", "conv_in_groups"]
+OPACUS += ["conv_depthwise", "embedding", "layer_norm", "rms_norm_3d", "qk_norm", "ada_ln", "shared_block"]
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 @pytest.mark.parametrize("num_tokens", [3, 40])
-@pytest.mark.parametrize(
-    "layer",
-    ["linear_2d", "linear_3d", "linear_4d", "conv_padded", "conv_patchify", "conv_dilated", "conv_in_groups"]
-    + ["conv_depthwise", "embedding", "embedding_with_padding", "layer_norm", "layer_norm_without_bias", "rms_norm_3d"]
-    + ["shared_block", "ada_ln", "qk_norm"],
-)
+@pytest.mark.parametrize("layer", OPACUS)
 def test_opacus_finds_the_same_per_record_gradients(layer: str, num_tokens: int) -> None:
     from opacus import GradSampleModule
 
@@ -127,11 +124,7 @@ def test_opacus_finds_the_same_per_record_gradients(layer: str, num_tokens: int)
     losses_of(theirs(*case.inputs), RECORDS).sum().backward()
     gradients = {name.removeprefix("_module."): p.grad_sample for name, p in theirs.named_parameters()}
     bound = 0.9 * norms(gradients).median().item()
-
-    def losses(model: nn.Module) -> Tensor:
-        return losses_of(model(*case.inputs), RECORDS)
-
     for engine in ENGINES:
         expected = (group_wise_sum if engine == "group_wise" else flat_sum)(gradients, case.uses, bound)
-        got = clipped_sum(engine, case.private, losses, torch.ones(RECORDS, dtype=torch.bool), bound)
+        got = clipped_sum(engine, case.private, case.losses, torch.ones(RECORDS, dtype=torch.bool), bound)
         assert relative_error(got, expected) < 1e-10
