@@ -95,27 +95,31 @@ class OuterProducts:
 
     def squared_norms(self, *, reuse: Reuse = None) -> Tensor:
         left, right = (at_least_fp32(x).flatten(0, 1) for x in (self.left_BGND, self.right_BGNP))
-        N, D, P = left.shape[1], left.shape[2], right.shape[2]
+        _, _, N, D = self.left_BGND.shape
+        P = right.shape[2]
         if N == 1:
             # what underflows in one square may meet a large other one
             tiny = torch.finfo(left.dtype).tiny
             squared = (left.square().sum((1, 2)) + D * tiny) * (right.square().sum((1, 2)) + P * tiny)
-        elif _forming_pays(N, D, P, left.shape[0] * D * P * left.itemsize, reuse):
-            formed = torch.bmm(left.mT, right)
-            norms = _norms(_norms(formed))  # in two levels: a running sum over D x P squares would lose 1e-5
+        elif self._forming_pays(reuse):
+            formed = self._form()
+            norms = _norms(_norms(formed.flatten(0, 1)))  # two levels: one running sum of D x P squares would lose 1e-5
             if reuse is None:  # otherwise what was measured is itself what is summed
                 norms = _allow_for_sum(norms, (_norms(left) * _norms(right)).sum(1))
-            squared = norms.square()
-            if reuse is not None:
-                self._formed_BGDP = formed.view(*self.left_BGND.shape[:2], D, P)
+            else:
+                self._formed_BGDP = formed
                 self.left_BGND, self.right_BGNP = self.left_BGND[:, :, :0], self.right_BGNP[:, :, :0]
+            squared = norms.square()
         else:
             squared = _squared_norms_by_gram(left, right)
         return squared.view(self.left_BGND.shape[:2]).sum(1)
 
     def weighted_sum(self, weights: RecordWeights) -> Tensor:
-        if self._formed_BGDP is not None:
-            formed_BGDP = weights.mask(self._formed_BGDP)
+        formed_BGDP = self._formed_BGDP
+        if formed_BGDP is None and self._forming_pays(None):
+            formed_BGDP = self._form()  # as for the norms: a sum over tokens in another order would round otherwise
+        if formed_BGDP is not None:
+            formed_BGDP = weights.mask(formed_BGDP)
             return (weights.weights_B.to(formed_BGDP.dtype) @ formed_BGDP.flatten(1)).view(self.shape)
         left, right = self.left_BGND, self.right_BGNP
         if left.shape[-1] <= right.shape[-1]:  # weigh the smaller factor
@@ -125,6 +129,22 @@ class OuterProducts:
         if left.shape[1] == 1:
             return (left.flatten(0, 2).mT @ right.flatten(0, 2)).view(self.shape)
         return torch.einsum("bgnd,bgnp->gdp", left, right).reshape(self.shape)
+
+    def _forming_pays(self, reuse: Reuse) -> bool:
+        """Whether the records' D x P gradients are cheaper to form than their Gram matrices, in multiply-adds."""
+        B, G, N, D = self.left_BGND.shape
+        P = self.right_BGNP.shape[3]
+        gram = (1 + 1 / _GRAM_BANDS) / 2 * N * N * (P + D)
+        if reuse is None:
+            return N > 1 and gram > N * P * D
+        formed_bytes = B * G * D * P * max(4, self.left_BGND.itemsize)
+        if reuse == "later" and (formed_bytes > _MOST_FORMED_BYTES or P > 2 * N):
+            return False
+        return gram > _MULTIPLY_ADDS_A_WORD * P * D  # the product is needed anyway: what counts is to write and read it
+
+    def _form(self) -> Tensor:
+        left_BGND, right_BGNP = at_least_fp32(self.left_BGND), at_least_fp32(self.right_BGNP)
+        return left_BGND.mT @ right_BGNP
 
     def outer_products(self) -> OuterProducts:
         return self
@@ -228,16 +248,6 @@ def at_least_fp32(x: Tensor) -> Tensor:
 
 def _concatenated(factors: Sequence[Tensor]) -> Tensor:
     return torch.cat([at_least_fp32(factor) for factor in factors], dim=2)
-
-
-def _forming_pays(N: int, D: int, P: int, formed_bytes: int, reuse: Reuse) -> bool:
-    """Whether the records' D x P gradients are cheaper to form than their Gram matrices, in multiply-adds a record."""
-    gram = (1 + 1 / _GRAM_BANDS) / 2 * N * N * (P + D)
-    if reuse is None:
-        return gram > N * P * D
-    if reuse == "later" and (formed_bytes > _MOST_FORMED_BYTES or P > 2 * N):
-        return False
-    return gram > _MULTIPLY_ADDS_A_WORD * P * D  # the product is needed anyway: what counts is to write and read it
 
 
 def _squared_norms_by_gram(left_BND: Tensor, right_BNP: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from torch import Tensor
 from privacy.accounting import EpsilonCurve, Spent, calibrate_noise, epsilon, max_steps
 from privacy.ledger import Charge, Ledger, LedgerError
 from privacy.noise import BandedNoise, GaussianNoise, rounding_sensitivity
-from privacy.sampling import Method, Sampler, UserRecords, make_sampler
+from privacy.sampling import Method, Sampler, ShuffledSampler, UserRecords, make_sampler
 from privacy.secrets import derive
 
 T = TypeVar("T")
@@ -93,12 +93,19 @@ class Terms:
         return min(self.target_epsilon, self.dataset_cap or self.target_epsilon)
 
     def calibrate(self, spent: Spent = ()) -> float:
-        """The noise multiplier at which all steps and replays fit under the allowed epsilon, after what is spent."""
+        """The noise multiplier at which all steps and replays fit under the allowed epsilon, after what is spent.
+
+        Where batches are Poisson draws of all units, any replays; else those of one restart, wherever it falls: where
+        several restarts run one part again, the budget may end before the run.
+        """
         sampler = self.sampler(bytes(32))
+        # Where one stretch of replays costs most: at the fullest parts of a cycle, and across the ends of most epochs.
+        first = 0
+        if isinstance(sampler, ShuffledSampler):
+            first = max(0, min(sampler.steps_per_epoch - 1, self.steps - self.replay_steps))
 
         def planned(noise: float) -> list[tuple[dict[str, Any], int]]:
-            # Replays count as the first steps anew: of any that repeat their events, these meet the fullest parts.
-            return sampler.planned(0, self.steps, noise) + sampler.planned(0, self.replay_steps, noise)
+            return sampler.planned(0, self.steps, noise) + sampler.planned(first, self.replay_steps, noise)
 
         return calibrate_noise(self.allowed_epsilon, self.delta, planned, spent)
 

@@ -11,9 +11,15 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from privacy.audit import AuditReport, UnreadableRunError, audit_run
-from privacy.audit_compare import Comparison, compare
-from privacy.audit_report import write_page, write_report
+from privacy.audit import (
+    AuditReport,
+    Comparison,
+    UnreadableRunError,
+    audit_run,
+    compare,
+    write_page,
+    write_report,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -110,6 +116,8 @@ def show_report(console: Console, report: AuditReport) -> None:
     for claim in report.claims:
         table.add_row(escape(claim.claim), holds(claim.holds), escape(claim.evidence))
     console.print(table)
+    for name, attack in report.attacks.items():
+        console.print(f"attack ({name}): {escape(str(attack.get('verdict')))}", soft_wrap=True)
     if report.caveats:
         console.print("What the guarantee leaves out, and what to know:")
         for caveat in report.caveats:

@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "scripts": {"train", "privacy"},
 }
 # Inside privacy/ the parts do not know each other; these compose them. `events` is the vocabulary all may speak.
-COMPOSERS = ("privacy.mechanism", "privacy.ledger", "privacy.audit", "privacy.__main__")  # and privacy.audit_*
+COMPOSERS = ("privacy.mechanism", "privacy.ledger", "privacy.audit", "privacy.__main__")
 VOCABULARY = {"privacy.events"}
 # What an auditor runs needs neither torch nor our kernels: all of privacy/ but these.
 NEEDS_TORCH = ("privacy.clipping", "privacy.noise", "privacy.mechanism")

@@ -1,14 +1,16 @@
 """What this machine does with the parts that matter, each measured beside what it is compared to, in one run.
 
-Rivals are interleaved, and ratios are medians of pairs: machines drift, pairs drift together.
+Rivals run in turn, and a ratio is the median over rounds of the two times in one round: machines drift, and what runs
+side by side drifts together. What privacy costs is in `train.benchmarks_privacy`.
 """
 
 from __future__ import annotations
 
+import logging
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,10 +18,8 @@ from torch import Tensor, nn
 
 from checkpointing.sharded import Chunk, latest, save
 from checkpointing.store import newest_whole
-from kernels.noise import KEYSTREAMS, gaussian
 from models.dit import DiT, DiTConfig
 from models.flow import Objective
-from privacy.clipping import Clipper, make_clipper
 from privacy.pii.patterns import detect
 from train.config import Optim, Parallel
 from train.data import ShardDataset
@@ -30,6 +30,9 @@ from train.shards import Record, write_shards
 from train.sources import DigitsSource, digits
 
 Work = Callable[[], object]
+Times = Mapping[str, Sequence[float]]  # seconds of each work in each round
+
+log = logging.getLogger(__name__)
 
 
 def seconds(work: Work) -> float:
@@ -43,47 +46,28 @@ def seconds(work: Work) -> float:
     return time.perf_counter() - start
 
 
-def paired_ratio(work: Work, rival: Work, pairs: int = 7) -> float:
-    """Median over pairs of work's time over rival's, after one uncounted call of each."""
-    for warm_up in (work, rival):
-        warm_up()
-    return statistics.median(seconds(work) / seconds(rival) for _ in range(pairs))
+def interleaved(works: Mapping[str, Work], rounds: int) -> Times:
+    """Seconds of every work in each round; each round begins with another. Call each once before, uncounted."""
+    names = list(works)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(rounds):
+        log.info("round %d of %d: %s", number + 1, rounds, ", ".join(names))
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            times[name].append(seconds(works[name]))
+    return times
 
 
-def dp() -> list[Row]:
-    """Two-pass clipping over the non-private forward and backward of a 16M DiT; noise over torch.randn."""
-    config = DiTConfig(width=384, depth=6, heads=6, image_size=16, channels=4, patch_size=2, num_classes=10)
-    rows: list[Row] = []
-    for records, image_size in ((16, 16), (16, 32)):
-        backend = _one_process(config.model_copy(update={"image_size": image_size}))
-        clipper = make_clipper("two_pass", backend.module, 1.0)
-        losses = _losses(backend.module, records)
-        present = torch.ones(records, dtype=torch.bool, device=backend.world.device)
-
-        def plain(backend: Backend = backend, losses: Callable[[nn.Module], Tensor] = losses) -> None:
-            backend.backward(losses(backend.model).mean())
-
-        def private(
-            backend: Backend = backend, losses: Callable[[nn.Module], Tensor] = losses,
-            clipper: Clipper = clipper, present: Tensor = present,
-        ) -> None:  # fmt: skip
-            clipper.accumulate(backend, losses, present, last=True)
-
-        ratio = paired_ratio(private, plain)
-        name = f"dp.two_pass_over_non_private.B{records}_T{(image_size // 2) ** 2}"
-        rows.append(Row(name=name, value=ratio, unit="1", target=1.5, ok=ratio <= 1.5))
-    key, count = bytes(range(32)), 1 << 22
-    for generator in KEYSTREAMS:
-        ratio = paired_ratio(lambda: torch.randn(count), lambda g=generator: gaussian(key, 0, count, g))
-        rows.append(Row(name=f"dp.{generator}_noise_rate_over_torch_randn", value=ratio, unit="1"))
-    return rows
+def ratio(times: Times, work: str, rival: str) -> float:
+    """Median over rounds of one work's time over another's."""
+    return statistics.median(a / b for a, b in zip(times[work], times[rival], strict=True))
 
 
 def train() -> list[Row]:
     """One non-private step of the digits recipe's model on one process: images and model FLOPs a second."""
     config = DiTConfig(size="nano", image_size=8, channels=1, patch_size=2, num_classes=10)
-    backend, records = _one_process(config), 64
-    losses = _losses(backend.module, records)
+    backend, records = one_process(config), 64
+    losses = fixed_losses(config, records, backend.world.device)
 
     def step() -> None:
         backend.backward(losses(backend.model).mean())
@@ -110,13 +94,16 @@ def checkpoint(size_bytes: int = 1 << 28) -> list[Row]:
                 torch.save(data, file)
                 file.flush()
 
-        ratio = paired_ratio(lambda: save(folder / "ours", 1, [chunk], {}), rival, pairs=3)
+        works = {"ours": lambda: save(folder / "ours", 1, [chunk], {}), "torch": rival}
+        for work in works.values():
+            work()
+        saved = ratio(interleaved(works, rounds=3), "ours", "torch")
         verified = seconds(lambda: newest_whole(folder / "ours"))
         found = latest(folder / "ours")
         assert found is not None
         read = seconds(lambda: found.read("param", "weight"))
     return [
-        Row(name="checkpoint.synced_save_over_unsynced_torch_save", value=ratio, unit="1"),
+        Row(name="checkpoint.synced_save_over_unsynced_torch_save", value=saved, unit="1"),
         Row(name="checkpoint.verify", value=size_bytes / verified / 1e9, unit="GB/s"),
         Row(name="checkpoint.read", value=size_bytes / read / 1e9, unit="GB/s"),
     ]
@@ -142,24 +129,25 @@ def pii() -> list[Row]:
     return [Row(name="pii.captions_a_second", value=len(captions) / elapsed, unit="captions/s")]
 
 
-BENCHMARKS: dict[str, Callable[[], list[Row]]] = {
-    "dp": dp, "train": train, "checkpoint": checkpoint, "data": data, "pii": pii
-}  # fmt: skip
-
-
-def _one_process(config: DiTConfig) -> Backend:
+def initialised(config: DiTConfig) -> DiT:
+    """A DiT with the same weights at every call, none of them zero."""
     model = DiT(config)
     model.init_weights(torch.Generator().manual_seed(0))
     with torch.no_grad():  # zero gates would give zero gradients, whose products some processors speed up
         for parameter in model.parameters():
             parameter.add_(0.02)
+    return model
+
+
+def one_process(config: DiTConfig) -> Backend:
+    """That DiT under the `single` backend."""
     parallel, optim = Parallel(backend="single"), Optim(learning_rate=1e-3)
-    return shard_model(model, join_world(), parallel, optim, microbatch_size=16, bf16=False)
+    return shard_model(initialised(config), join_world(), parallel, optim, microbatch_size=16, bf16=False)
 
 
-def _losses(model: nn.Module, records: int) -> Callable[[nn.Module], Tensor]:
-    config: DiTConfig = model.config  # type: ignore[assignment]
-    generator, device = torch.Generator().manual_seed(0), next(model.parameters()).device
+def fixed_losses(config: DiTConfig, records: int, device: torch.device) -> Callable[[nn.Module], Tensor]:
+    """From a model to the losses (records,) of a batch that is the same at every call."""
+    generator = torch.Generator().manual_seed(0)
     shape = (records, config.channels, config.image_size, config.image_size)
     images, noise = (torch.randn(shape, generator=generator).to(device) for _ in range(2))
     times = torch.rand(records, generator=generator).to(device)

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from checkpointing.export import DIFFUSERS_WEIGHTS_FILE, ExportError, to_diffusers, write_export
 from models.dit import DiTConfig
 from models.flow import Objective
-from privacy.audit import AuditReport, Claim, audit_run
+from privacy.audit import AuditReport, Claim, audit_run, write_report
 from privacy.empirical import EngineCheck
 from train.card import model_card, privacy_card
 from train.config import (
@@ -45,7 +45,7 @@ from train.measurements import Row
 from train.metrics import format_mfu
 from train.parallel import World, join_world
 from train.progress import Progress
-from train.run_folder import RunFolder, digest_file, now, write_json
+from train.run_folder import RunFolder, digest_file, now
 from train.sources import ingest
 
 
@@ -252,7 +252,7 @@ def _audit(stage: AuditStage, run: RunFolder, progress: Progress) -> Result:
     report = audit_run(run.path)
     folder = run.stage_folder(stage.name)
     headline, rows = {}, list[Row]()
-    attacks: dict[str, Any] = {}
+    attacks = report.attacks
     if stage.empirical is not None:
         check = _attack_engine(stage, run, progress)
         attacks["empirical"] = asdict(check) | {"verdict": check.verdict, "holds": check.holds}
@@ -265,11 +265,10 @@ def _audit(stage: AuditStage, run: RunFolder, progress: Progress) -> Result:
     if stage.extraction is not None:
         attacks["extraction"] = _search_copies(stage, run, progress)
         headline["copies among the samples"] = attacks["extraction"]["verdict"]
-    path = folder / "audit.json"
-    write_json(path, report.as_dict() | attacks)
+    outputs = write_report(report, folder)
     _refuse_false_claims(report)
-    headline = {"verdict": report.verdict, "report": str(path), **headline}
-    return Result({"claims": len(report.claims), "headline": headline, "rows": rows, **attacks}, (path,))
+    headline = {"verdict": report.verdict, "report": str(outputs[-1]), **headline}
+    return Result({"claims": len(report.claims), "headline": headline, "rows": rows, **attacks}, outputs)
 
 
 def _audited(stage: AuditStage, run: RunFolder) -> FinetuneStage:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from privacy.audit import AuditReport, audit_run
-from privacy.audit_compare import Comparison, compare
+from privacy.audit.compare import Comparison, compare
 from tests.privacy.audited_run import (
     EVENT,
     PRIVATE_ROOT,

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from privacy.audit import AuditReport, audit_run
-from privacy.audit_report import detection_bound, render, write_report
+from privacy.audit.page import detection_bound, render, write_report
 from tests.privacy.audited_run import (
     EVENT,
     LABEL,

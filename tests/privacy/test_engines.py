@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from kernels import ghost_norm
 from kernels.ghost_norm import OuterProducts
-from models.dit import DiT, DiTConfig
-from models.layers import Conv2d, Embedding, Linear
+from models.layers import Linear
 from tests.privacy.clipped_sums import (
     ENGINES,
     OneProcess,
     clipped_sum,
-    clipper_of,
     flat_sum,
-    gradients_of,
     group_wise_sum,
     losses_of,
     norms,

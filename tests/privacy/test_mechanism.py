@@ -138,9 +138,7 @@ def test_no_noise_key_is_ever_used_twice_however_often_a_run_begins_anew(
     ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys, visit = list[bytes](), privacy.noise.visit_gaussian
-    monkeypatch.setattr(
-        privacy.noise, "visit_gaussian", lambda key, *rest: (keys.append(key), visit(key, *rest)) and None
-    )
+    monkeypatch.setattr(privacy.noise, "visit_gaussian", lambda key, *rest: (keys.append(key), visit(key, *rest))[1])
     terms = replace(TERMS, replay_steps=40, target_epsilon=50.0, counts_share=0.1)
     for first, last, ahead in ((0, 3, 1), (1, 2, 3), (1, 4, 2), (0, 4, 4), (3, 4, 1)):
         private = mechanism(ledger, replace(terms, charge_ahead=ahead))
@@ -255,7 +253,7 @@ def test_the_step_beyond_the_charges_calibrated_for_is_neither_charged_nor_run(l
         for step in range(first, last):
             private.charge(step)
     assert private.spent() <= TERMS.target_epsilon
-    with pytest.raises(BudgetExhausted, match="would pass epsilon 3 at delta 1e-05.*raise privacy.target_epsilon"):
+    with pytest.raises(BudgetExhausted, match=r"would pass epsilon 3 at delta 1e-05: .* raise privacy\.target"):
         mechanism(ledger).charge(3)
     assert ledger.num_charges == TERMS.max_charges == 6
 
@@ -304,7 +302,7 @@ def test_two_runs_on_one_ledger_are_summed_and_the_second_is_refused_at_the_cap(
             private.charge(2)
         assert ledger.num_charges == 7
         assert epsilon(ledger.counts(), 1e-5) <= cap
-        with pytest.raises(ValueError, match="no noise multiplier up to|already spent"):
+        with pytest.raises(ValueError, match=r"no noise multiplier up to|already spent"):
             mechanism(ledger, replace(terms[1], stage="third/finetune_dp"))
 
 
@@ -395,7 +393,10 @@ def calibrated() -> Callable[[str], tuple[Terms, float]]:
     return of
 
 
-@pytest.mark.parametrize("method", SAMPLING)
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(name, marks=pytest.mark.slow if name == "truncated_poisson" else ()) for name in SAMPLING],
+)
 def test_a_run_with_all_its_replays_stays_within_the_target_and_pays_for_each(
     ledger: Ledger, calibrated: Callable[[str], tuple[Terms, float]], method: str
 ) -> None:
@@ -416,7 +417,7 @@ def test_a_run_with_all_its_replays_stays_within_the_target_and_pays_for_each(
     with pytest.raises(BudgetExhausted):
         mechanism(ledger, terms).charge(6)
     # The noise is no larger than it need be: with a hundredth less of it, all charges would pass the target.
-    tight = sampler.planned(0, 7, noise / 1.01) + sampler.planned(0, 3, noise / 1.01)
+    tight = sampler.planned(0, 7, noise / 1.01) + sampler.planned(2, 3, noise / 1.01)
     assert epsilon(tight, 1e-5) > terms.target_epsilon
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from privacy.audit import AuditReport, audit_run
-from privacy.audit_compare import compare
+from privacy.audit.compare import compare
 from privacy.ledger_view import hash_of
 from tests.privacy.audited_run import (
     OTHER_SEED,

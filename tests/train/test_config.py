@@ -113,7 +113,22 @@ def test_an_override_nobody_has_is_refused(override: str, says: str) -> None:
         ("privacy.target_epsilon=0", "privacy.target_epsilon is 0: it should be greater than 0"),
         ("privacy.dataset_cap=0.5", "above privacy.dataset_cap 0.5: lower the target or raise the cap"),
         ("pretrain.split=private", "a pretrain stage gives no privacy"),
-        ("finetune_dp.parallel.compile=true", "the clipped backward is not traced by torch.compile yet"),
+        ("finetune_dp.parallel.backend=zero3 privacy.clipping=kept_gradients", "set privacy.clipping to auto"),
+        (
+            "privacy.adaptive_bounds={quantile: 0.5}",
+            "privacy.adaptive_bounds needs clipping group_wise, and it is auto",
+        ),
+        ("privacy.bands=4", "privacy.bands is 4: correlated noise protects units that stay away for as many steps"),
+        ("privacy.bands=4 privacy.sampling={method: cyclic_poisson, cycle: 3}", "with a cycle no shorter"),
+        ("privacy.unit=user", "unit user needs the number, and unit record takes none"),
+        ("privacy.max_records_per_user=2", "privacy.unit is record and privacy.max_records_per_user 2"),
+        (
+            "privacy.sampling={method: balls}",
+            "privacy.sampling.method is 'balls'; known are poisson, truncated_poisson",
+        ),
+        ("privacy.sampling={method: truncated_poisson}", "max_batch_size is missing with method truncated_poisson"),
+        ("privacy.sampling={cycle: 5}", "cycle is 5 with method poisson: it goes with cyclic_poisson, and only there"),
+        ("privacy.charge_ahead=0", "privacy.charge_ahead is 0: it should be greater than 0"),
         ("finetune_dp.train.max_grad_norm=1", "train.max_grad_norm is 1 in a private stage"),
         ("finetune_dp.init_from=null", "neither model nor init_from"),
         ("pretrain.data_from=ingets", "no earlier stage of the recipe (did you mean ingest?)"),
@@ -124,7 +139,7 @@ def test_an_override_nobody_has_is_refused(override: str, says: str) -> None:
 )
 def test_a_wrong_value_is_refused_by_file_and_key(override: str, says: str) -> None:
     with pytest.raises(ConfigError) as error:
-        load_recipe(DIGITS, [override])
+        load_recipe(DIGITS, re.split(r" (?=privacy\.)", override))
     assert says in str(error.value)
 
 
@@ -206,6 +221,22 @@ def test_a_batch_is_checked_against_the_ranks_there_are() -> None:
         check_batch(stage, 3)
 
 
+@pytest.mark.parametrize(
+    "privacy",
+    [
+        "sampling={method: truncated_poisson, max_batch_size: 160}",
+        "sampling={method: cyclic_poisson, cycle: 5}",
+        "sampling={method: shuffled}",
+        "clipping=group_wise privacy.adaptive_bounds={quantile: 0.6}",
+        "unit=user privacy.max_records_per_user=4",
+        "bands=5 privacy.sampling={method: cyclic_poisson, cycle: 5}",
+    ],
+)
+def test_every_way_to_sample_clip_and_count_units_can_be_said(privacy: str) -> None:
+    stage = load_stage(DIGITS / "40_finetune_dp.yaml", [f"privacy.{key}" for key in privacy.split(" privacy.")])
+    assert stage.sha256() != load_stage(DIGITS / "40_finetune_dp.yaml").sha256()
+
+
 def test_a_private_batch_need_not_divide() -> None:
     load_stage(DIGITS / "40_finetune_dp.yaml", ["train.batch_size=101", "parallel.nproc=3"])
 
@@ -219,6 +250,12 @@ def test_a_private_batch_need_not_divide() -> None:
 def test_how_a_stage_runs_is_no_part_of_its_identity(override: str) -> None:
     path = PRETRAIN
     assert load_stage(path, [override]).sha256() == load_stage(path).sha256()
+
+
+def test_how_many_steps_are_charged_at_once_is_no_part_of_a_private_stages_identity() -> None:
+    path = DIGITS / "40_finetune_dp.yaml"
+    assert load_stage(path, ["privacy.charge_ahead=9"]).sha256() == load_stage(path).sha256()
+    assert load_stage(path, ["privacy.replay_steps=9"]).sha256() != load_stage(path).sha256()
 
 
 @pytest.mark.parametrize("override", ["train.steps=123457", "optim.learning_rate=0.777", "split=test"])

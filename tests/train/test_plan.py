@@ -2,13 +2,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from models.dit import DiT
+from privacy.ledger import Ledger
 from train import ROOT
 from train.config import DiTModel, FinetuneStage, Parallel, TrainStage
+from train.images import encode_png
 from train.launchers import Placement
 from train.plan import activation_bytes, count_records, plan, plan_memory, plan_privacy
 from train.recipe import ConfigError, load_recipe
+from train.shards import Record, write_shards
 
 DIGITS = ROOT / "configs" / "digits"
 XL2 = ROOT / "configs" / "imagenet_dit_xl2"
@@ -20,6 +24,13 @@ def finetune(*overrides: str) -> FinetuneStage:
     stage = load_recipe(DIGITS, [f"finetune_dp.{override}" for override in overrides]).stage("finetune_dp")
     assert isinstance(stage, FinetuneStage)
     return stage
+
+
+def write_private_split(run_dir: Path, units: list[str]) -> None:
+    """A private split of one tiny image for each entry, which names its user."""
+    image = encode_png(Image.new("L", (8, 8)))
+    records = (Record(f"r{number:03d}", unit, image, 0, None) for number, unit in enumerate(units))
+    write_shards(run_dir / "filter" / "private", "private", records, shard_size=16)
 
 
 def test_dit_xl2_is_planned_with_its_parameters_memory_and_epsilon_and_nothing_is_written(tmp_path: Path) -> None:
@@ -81,11 +92,12 @@ def test_states_are_counted_by_what_the_backend_shards(backend: str, copies_of_t
     assert states == pytest.approx(4 * 1000 * copies_of_the_weights)
 
 
-def test_the_noise_planned_holds_the_target_with_every_replay_step_used() -> None:
+def test_the_noise_planned_holds_the_target_with_every_replay_step_used(tmp_path: Path) -> None:
     from privacy.accounting import epsilon
 
     stage = finetune("train.steps=40", "privacy.replay_steps=10", "privacy.target_epsilon=3", "optim.warmup_steps=0")
-    planned = plan_privacy(stage, 1000)
+    planned = plan_privacy(stage, 1000, tmp_path / "ledger.jsonl")
+    assert planned is not None and planned.spent == 0
     event = {
         "mechanism": "poisson_sampled_gaussian",
         "sampling_rate": planned.sampling_rate,
@@ -95,10 +107,41 @@ def test_the_noise_planned_holds_the_target_with_every_replay_step_used() -> Non
     assert planned.epsilon < epsilon([(event, 50)], stage.privacy.delta) <= 3
 
 
-def test_a_batch_larger_than_the_data_is_refused() -> None:
+def test_what_other_runs_spent_on_the_data_is_planned_around(tmp_path: Path) -> None:
+    from privacy.accounting import epsilon
+
+    stage = finetune("train.steps=40", "privacy.replay_steps=10", "privacy.target_epsilon=3", "optim.warmup_steps=0")
+    event = {"mechanism": "poisson_sampled_gaussian", "sampling_rate": 0.05, "noise_multiplier": 1.5}
+    path = tmp_path / "ledger.jsonl"
+    with Ledger.open(
+        path, delta=1e-5, unit="record", dataset_root="d", signing_seed=bytes(32), fencing_epoch=1
+    ) as ledger:
+        ledger.charge_ahead("another/finetune_dp", [(step, event) for step in range(40)], "git:abc")
+    planned = plan_privacy(stage, 1000, path)
+    assert planned is not None
+    assert planned.spent == pytest.approx(epsilon([(event, 40)], 1e-5))
+    own = event | {"sampling_rate": planned.sampling_rate, "noise_multiplier": planned.noise_multiplier}
+    assert epsilon([(event, 40), (own, 50)], 1e-5) <= planned.target == 3
+    assert plan_privacy(finetune("privacy.target_epsilon=0.5"), 1000, path) is None
+
+
+def test_a_batch_larger_than_the_data_is_refused(tmp_path: Path) -> None:
     stage = finetune()
-    with pytest.raises(ConfigError, match="but split private has 5 records: lower it to at most 5"):
-        plan_privacy(stage, 5)
+    with pytest.raises(ConfigError, match="but split private has 5 units: lower it to at most 5"):
+        plan_privacy(stage, 5, tmp_path / "ledger.jsonl")
+
+
+def test_users_are_counted_in_the_shards_and_not_guessed_from_records(tmp_path: Path) -> None:
+    users = ["finetune_dp.privacy.unit=user", "finetune_dp.privacy.max_records_per_user=3"]
+    recipe = load_recipe(DIGITS, ["finetune_dp.expected_records=500", "finetune_dp.train.batch_size=4", *users])
+    stage = recipe.stage("finetune_dp")
+    (row,) = plan(recipe, tmp_path, Placement(), [stage])
+    assert row.privacy is None
+    assert "the number of users is not known" in row.notes[0]
+    write_private_split(tmp_path, [f"u{number % 7}" for number in range(21)])
+    (row,) = plan(recipe, tmp_path, Placement(), [stage])
+    assert row.privacy is not None
+    assert (row.privacy.num_units, row.privacy.sampling_rate) == (7, 4 / 7)
 
 
 def test_records_are_counted_in_the_shards_where_they_are_there(tmp_path: Path) -> None:
@@ -125,7 +168,7 @@ def test_what_is_not_known_is_said(tmp_path: Path) -> None:
     recipe = load_recipe(XL2, ["finetune_dp.expected_records=null"])
     row = next(row for row in plan(recipe, tmp_path, Placement()) if row.name == "finetune_dp")
     assert row.privacy is None
-    assert "set expected_records" in row.notes[0]
+    assert "the number of records is not known before the data is there; set expected_records" in row.notes[0]
 
 
 def test_a_delta_that_would_allow_giving_a_record_away_is_said(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from privacy import accounting
-from privacy.audit_charges import Charges, StageCharges
-from privacy.audit_evidence import Manifest, PaidCheckpoint, RunEvidence, identity_sha256
+from privacy.audit.charges import Charges, StageCharges
+from privacy.audit.evidence import Manifest, PaidCheckpoint, RunEvidence, identity_sha256
 from privacy.ledger import LedgerView, StageTally
 
 # Two machines' FFTs may differ in the last digits of one epsilon; more than this is another number.

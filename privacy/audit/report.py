@@ -15,16 +15,15 @@ from typing import Any
 from privacy import accounting
 from privacy.accounting import Accountant
 from privacy.accounting.tally import Tally
-from privacy.audit_charges import Charges, StageCharges, read_charges
-from privacy.audit_claims import SAME_EPSILON, Claim, checkpoint_claims, ledger_claims, link_claims, stage_claims
-from privacy.audit_evidence import RunEvidence, UnreadableRunError, read_run
+from privacy.audit.charges import Charges, StageCharges, read_charges
+from privacy.audit.claims import SAME_EPSILON, Claim, checkpoint_claims, ledger_claims, link_claims, stage_claims
+from privacy.audit.evidence import RunEvidence, read_run
 from privacy.ledger import LedgerError, LedgerView, read_ledger
-
-__all__ = ["AuditReport", "Claim", "UnreadableRunError", "audit_run"]
 
 CURVE_POINTS = 16  # an accountant's query takes a tenth of a second or so
 CURVE_EVENTS = 1_000_000  # different events that are counted for the curve, all points together: some ten seconds
 AGREEMENT = 0.05  # relative
+ATTACKS = ("empirical", "extraction")  # what a stage of kind audit may carry out, by its manifest's name for it
 CROSS_CHECKS: tuple[Accountant, ...] = ("rdp", "prv")
 
 STANDING_CAVEATS: tuple[str, ...] = (
@@ -91,6 +90,9 @@ class AuditReport:
     curve: list[tuple[int, float]] = field(default_factory=list[tuple[int, float]])  # charges so far, epsilon
     filtered: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])  # filter stage -> counts
     configs: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])  # finished stage -> config
+    attacks: dict[str, dict[str, Any]] = field(
+        default_factory=dict[str, dict[str, Any]]
+    )  # carried out, with a `verdict`
     claims: list[Claim] = field(default_factory=list[Claim])
     caveats: list[str] = field(default_factory=list[str])
 
@@ -123,6 +125,8 @@ def audit_run(run_dir: Path, *, public_key: str | None = None, every_signature: 
     evidence = read_run(run_dir)
     report = AuditReport(str(run_dir), claims=link_claims(evidence), filtered=_filtered(evidence))
     report.configs = {manifest.stage: manifest.section("config") for manifest in evidence.manifests}
+    for manifest in evidence.manifests:
+        report.attacks |= {name: found for name in ATTACKS if (found := manifest.section("metrics", name))}
     ledgers = evidence.ledgers()
     if len(ledgers) > 1:
         names = ", ".join(str(path) for path in ledgers)

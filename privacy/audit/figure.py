@@ -11,7 +11,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from privacy.audit import AuditReport, StageSpending
+from privacy.audit.report import AuditReport, StageSpending
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

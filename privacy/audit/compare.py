@@ -13,8 +13,8 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, cast
 
-from privacy.audit import AuditReport, Spending, StageSpending
-from privacy.audit_claims import Claim, short
+from privacy.audit.claims import Claim, short
+from privacy.audit.report import AuditReport, Spending, StageSpending
 
 Record = Mapping[str, Any]
 NoiseKey = tuple[str, int, int]  # stage, step, attempt

@@ -14,9 +14,9 @@ from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
 
-from privacy.audit import AuditReport, CrossCheck, Spending, StageSpending
-from privacy.audit_claims import short
-from privacy.audit_figure import draw
+from privacy.audit.claims import short
+from privacy.audit.figure import draw
+from privacy.audit.report import AuditReport, CrossCheck, Spending, StageSpending
 
 JSON_FILE, HTML_FILE = "audit.json", "audit.html"
 FALSE_ACCUSATIONS = 0.01  # the rate at which the page tells what an attacker's guess is worth
@@ -77,7 +77,7 @@ def render(report: AuditReport) -> str:
     if report.spending is not None:
         body += _meaning(report.spending) + _spent(report.spending)
         body += f"<figure>{draw(report)}</figure>\n" + _stages(report.stages)
-    body += _claims(report) + _caveats(report) + _repeat(report)
+    body += _claims(report) + _attacks(report) + _caveats(report) + _repeat(report)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -127,6 +127,16 @@ def _meaning(spent: Spending) -> str:
         f"<div><h2>What it means</h2><ul>{_items(means)}</ul></div>\n"
         f"<div><h2>What it does not mean</h2><ul>{_items(not_means)}</ul></div>\n</div>\n"
     )
+
+
+def _attacks(report: AuditReport) -> str:
+    """Attacks that the run carried out on itself: they can refute a promise, and never prove one."""
+    texts = {
+        "empirical": "Canaries put through the private step, on public data, under an epsilon of their own",
+        "extraction": "Samples that are copies of training images",
+    }
+    found = [f"{texts[name]}: {escape(str(attack.get('verdict')))}" for name, attack in report.attacks.items()]
+    return f"<h2>Attacks that were tried</h2><ul>{_items(found)}</ul>\n" if found else ""
 
 
 def _strength(epsilon: float) -> str:

@@ -1,0 +1,391 @@
+"""What privacy costs: clipping, whole steps, ledger and noise in time, and clipping in memory, beside what is not private.
+
+The model is a DiT of 16M parameters on microbatches of 16 records of 64 or 256 tokens. Every row's name says on how
+many threads it was measured (or that it was on a GPU, where the targets, which are of a CPU, do not apply).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import logging
+import statistics
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from kernels.noise import KEYSTREAMS, gaussian
+from models.layers import Embedding, Linear
+from privacy.clipping import EngineName, make_clipper
+from privacy.ledger import Ledger
+from privacy.mechanism import Mechanism
+from privacy.noise import GaussianNoise
+from privacy.secrets import signing_seed
+from train.benchmarks import Times, Work, fixed_losses, initialised, interleaved, one_process, ratio, seconds
+from train.config import OPERATIONAL, DiTModel, FinetuneStage, Optim, Parallel, PretrainStage, Privacy, Train
+from train.data import Prefetcher, ShardDataset, public_batch
+from train.images import encode_png
+from train.measurements import Row
+from train.optim import ExponentialMovingAverage
+from train.parallel import Backend
+from train.private import mechanism_terms, stage_clipper
+from train.run_folder import code_version
+from train.shards import Record, write_shards
+from train.step import Batches, PrivateStep, PublicStep
+
+ENGINES: tuple[EngineName, ...] = get_args(EngineName)
+TARGETS = {"two_pass": 1.5, "kept_gradients": 1.15, "group_wise": 1.15}  # of forward, backward and clipping
+# fastDP is on no package index, and its README asks for a git clone and torch <= 1.11: its rows stay empty.
+RIVALS = ("opacus_ghost", "opacus_per_sample", "fastdp")
+BOUND = 1.0
+MICROBATCH, MICROBATCHES = 16, 8
+RUN_STEPS = 1000  # of the run over which what the ledger and the gate do once is spread
+SAME_SUM = 1e-4  # relative; the rounding guard of kernels.ghost_norm may shrink a record of 256 tokens by 3e-5
+
+Losses = Callable[[nn.Module], Tensor]
+log = logging.getLogger(__name__)
+
+
+def dp() -> list[Row]:
+    """Issue 3's measurements; under 8 minutes on two cores that have nothing else to do."""
+    rows = [*_clipping(image_size=16, rounds=7), *_clipping(image_size=32, rounds=4)]
+    rows += _logical_step(rounds=3)
+    for threads in sorted({1, torch.get_num_threads()}):
+        rows += _noise(threads)
+    return [*rows, *_peak_memory(image_size=16, repeats=3), *_peak_memory(image_size=32, repeats=3)]
+
+
+def _clipping(image_size: int, rounds: int) -> list[Row]:
+    """Forward, backward and clipping of one microbatch, by engine and by rival, over forward and backward alone."""
+    config = _model(image_size)
+    backend = one_process(config)
+    losses = fixed_losses(config, MICROBATCH, backend.world.device)
+    ours: dict[str, Work] = {name: _microbatch(name, backend, losses) for name in ("non_private", *ENGINES)}
+    works = ours | _timeable(_opacus(config, losses, backend.world.device), backend, ours)
+    ours["non_private"]()  # the others have been called
+    ours["group_wise"]()
+    times = interleaved(works, rounds)
+    place = f"B{MICROBATCH}_T{config.num_tokens}_{_where()}"
+    rows = [Row(name=f"dp.non_private.{place}", value=statistics.median(times["non_private"]), unit="s")]
+    for name in (*ENGINES, *RIVALS):
+        rows.append(_over_non_private(f"dp.{name}_over_non_private.{place}", times, name, TARGETS.get(name)))
+    return rows
+
+
+def _microbatch(name: str, backend: Backend, losses: Losses) -> Work:
+    """One microbatch added to the backend's gradients: clipped by an engine, or as it is."""
+    if name == "non_private":
+        return lambda: backend.backward(losses(backend.model).sum())
+    clipper = make_clipper(name, backend.module, BOUND)  # type: ignore[arg-type]
+    present = torch.ones(MICROBATCH, dtype=torch.bool, device=backend.world.device)
+    return lambda: clipper.accumulate(backend, losses, present, last=True)
+
+
+@dataclass(frozen=True)
+class _Rival:
+    """Another library's clipped sum over one microbatch, left in an attribute of each parameter."""
+
+    parameters: list[nn.Parameter]
+    work: Work
+    attribute: str = "grad"
+
+    def clipped_sum(self) -> Tensor:
+        for parameter in self.parameters:
+            parameter.grad = None
+        self.work()
+        return torch.cat([getattr(parameter, self.attribute).flatten() for parameter in self.parameters])
+
+
+def _timeable(rivals: Mapping[str, _Rival], backend: Backend, ours: Mapping[str, Work]) -> dict[str, Work]:
+    """The rivals that compute what two_pass and kept_gradients do; what computes something else is no rival."""
+    parameters = list(backend.module.parameters())
+    expected = _Rival(parameters, ours["two_pass"]).clipped_sum()
+    found: dict[str, Work] = {}
+    for name, rival in {"kept_gradients": _Rival(parameters, ours["kept_gradients"]), **rivals}.items():
+        error = float((rival.clipped_sum() - expected).norm() / expected.norm())
+        log.info("%s gives our clipped sum up to a relative %.1e", name, error)
+        if error <= SAME_SUM:
+            found[name] = rival.work
+        else:
+            log.warning("%s sums to something else than two_pass (relative %.1e): not timed", name, error)
+    return found
+
+
+def _opacus(config: DiTModel, losses: Losses, device: torch.device) -> dict[str, _Rival]:
+    """Opacus' two ways to a clipped sum, by its own modules and optimizers; none where it is not installed."""
+    if importlib.util.find_spec("opacus") is None:
+        return {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
+        from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
+        from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
+    # Its hooks warn of inputs without gradients, which our first layers have, at every call.
+    warnings.filterwarnings("ignore", message="Full backward hook is firing")
+    terms: dict[str, Any] = {"max_grad_norm": BOUND, "loss_reduction": "sum"}
+
+    def optimizer_of(kind: type[Any], module: nn.Module) -> Any:
+        sgd = torch.optim.SGD(module.parameters())
+        return kind(sgd, noise_multiplier=0.0, expected_batch_size=MICROBATCH, **terms)
+
+    # strict refuses every buffer, and ours are constants
+    ghost = GradSampleModuleFastGradientClipping(_plain(config).to(device), strict=False, **terms)
+    of_ghost = optimizer_of(DPOptimizerFastGradientClipping, ghost)
+    per_sample = GradSampleModule(_plain(config).to(device), strict=False, loss_reduction="sum")
+    of_per_sample = optimizer_of(DPOptimizer, per_sample)
+
+    def clip_by_ghost_norms() -> None:
+        DPTensorFastGradientClipping(ghost, of_ghost, losses(ghost), "sum").backward()
+
+    def clip_per_sample_gradients() -> None:
+        of_per_sample.zero_grad(set_to_none=True)  # the last call's sum and per-sample gradients
+        losses(per_sample).sum().backward()
+        of_per_sample.clip_and_accumulate()
+
+    return {
+        "opacus_ghost": _Rival(list(ghost.parameters()), clip_by_ghost_norms),
+        "opacus_per_sample": _Rival(list(per_sample.parameters()), clip_per_sample_gradients, "summed_grad"),
+    }
+
+
+def _plain(config: DiTModel) -> nn.Module:
+    """The same model with torch's own layers, by whose exact types other libraries choose their rules."""
+    model = initialised(config)
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.__class__ = nn.Linear
+        elif isinstance(module, Embedding):
+            module.__class__ = nn.Embedding
+    return model
+
+
+def _logical_step(rounds: int) -> list[Row]:
+    """A whole private step over a whole public one: 8 microbatches of the same 128 records, by the real steps.
+
+    `auto` is what a stage takes that names no engine. Every unit is drawn, at sampling rate 1, so that each step has
+    as many microbatches as the next.
+    """
+    config, num_records = _model(16), MICROBATCH * MICROBATCHES
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        write_shards(folder / "data", "private", _records(num_records, config), shard_size=num_records)
+        dataset = ShardDataset(folder / "data", "private")
+        stage, public_stage = _private_stage(config), _public_stage(config)
+        mechanism = stack.enter_context(_mechanism(stage, folder / "ledger.jsonl", num_records))
+        backend = one_process(config)
+        average = ExponentialMovingAverage(backend, stage.optim.ema_decay)
+        prefetcher = stack.enter_context(
+            Prefetcher(
+                dataset,
+                lambda step: public_batch(0, step, num_records, num_records),
+                config.channels,
+                config.image_size,
+                RUN_STEPS,
+            )
+        )
+        batches = Batches(stage, config, backend.world)
+        public_batches = Batches(public_stage, config, backend.world)
+        public = PublicStep(public_stage, public_batches, backend, average, prefetcher)
+        clippers = {
+            "auto": stage_clipper(stage, config, backend, None),
+            **{name: make_clipper(name, backend.module, BOUND) for name in ("two_pass", "group_wise")},
+        }
+        steps = {
+            "non_private": public,
+            **{
+                name: PrivateStep(stage, batches, backend, average, clipper, mechanism, dataset)
+                for name, clipper in clippers.items()
+            },
+        }
+        public_steps, private_steps = itertools.count(), itertools.count()
+        works: dict[str, Work] = {
+            name: lambda step=step: step(next(public_steps if step is public else private_steps))
+            for name, step in steps.items()
+        }
+        for first in ("non_private", "auto"):
+            works[first]()
+        times = interleaved(works, rounds)
+        step_s = statistics.median(times["auto"])
+        ledger_s = _ledger_and_gate(config, folder / "ledger-of-many.jsonl")
+    place = f"B{MICROBATCH}x{MICROBATCHES}_T{config.num_tokens}_{_where()}"
+    rows = [
+        _over_non_private(
+            f"dp.logical_step.{name}_over_non_private.{place}", times, name, 1.25 if name == "auto" else None
+        )
+        for name in clippers
+    ]
+    share = _with_target(f"dp.ledger_and_gate_share_of_logical_step.{place}", ledger_s / step_s, 0.01)
+    return [*rows, Row(name=f"dp.logical_step.auto.{place}", value=step_s, unit="s"), share]
+
+
+def _ledger_and_gate(config: DiTModel, ledger: Path) -> float:
+    """Seconds a step, on average over a run, of charging it, marking it done, syncing and reading off its epsilon.
+
+    All that is done once a run is in it: how many steps the budget affords, and every point of the epsilon curve.
+    """
+    log.info("ledger and gate over a run of %d steps", RUN_STEPS)
+    digests = ["blake3:" + "0" * 64] * (MICROBATCH * MICROBATCHES)
+    with _mechanism(_private_stage(config), ledger, num_units=50_000) as mechanism:
+
+        def run() -> None:
+            for step in range(RUN_STEPS):
+                mechanism.done(mechanism.charge(step), digests)
+                mechanism.spent()
+                _ = mechanism.head  # syncs
+
+        return seconds(run) / RUN_STEPS
+
+
+def _noise(threads: int, count: int = 1 << 23) -> list[Row]:
+    """Normals a second on the CPU, alone and added to a shard, over torch.randn's."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        shard, key = torch.zeros(count), bytes(range(32))
+        works: dict[str, Work] = {"torch_randn": lambda: torch.randn(count)}
+        for generator in KEYSTREAMS:
+            noise = GaussianNoise(key, "bench", generator)
+            works[generator] = lambda g=generator: gaussian(key, 0, count, g)
+            works[f"{generator}_added"] = lambda n=noise: n.add_(shard, name="w", offset=0, step=0, attempt=0, std=1.0)
+        for work in works.values():
+            work()
+        times = interleaved(works, rounds=9)
+    finally:
+        torch.set_num_threads(before)
+    rows = [
+        Row(name=f"dp.noise.{name}.threads{threads}", value=count / statistics.median(times[name]), unit="normals/s")
+        for name in works
+    ]
+    for name in list(works)[1:]:
+        target = 0.5 if name in KEYSTREAMS else None
+        rate = ratio(times, "torch_randn", name)
+        rows.append(_with_target(f"dp.noise.{name}_rate_over_torch_randn.threads{threads}", rate, target))
+    return rows
+
+
+def _peak_memory(image_size: int, repeats: int) -> list[Row]:
+    """Peak memory beyond the weights while one microbatch is added to gradients that are there already.
+
+    Beyond the weights: gradients, activations, what an engine keeps, and what the libraries allocate. Without AdamW's
+    states and EMA, which are the same for all. On a CPU it is resident memory, in a fresh process each: the allocator's
+    moods are in it, hence the median.
+    """
+    names = ("non_private", *ENGINES)
+    context = get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # torch is imported once
+    peaks: dict[str, list[int]] = {name: [] for name in names}
+    for repeat, name in itertools.product(range(repeats), names):
+        log.info("peak memory, image size %d, repeat %d of %d: %s", image_size, repeat + 1, repeats, name)
+        with ProcessPoolExecutor(1, mp_context=context) as process:
+            peaks[name].append(process.submit(_peak_beyond_weights, name, image_size, torch.get_num_threads()).result())
+    place = f"B{MICROBATCH}_T{_model(image_size).num_tokens}_{_where()}"
+    plain = statistics.median(peaks["non_private"])
+    rows = [Row(name=f"dp.peak_memory_beyond_weights.non_private.{place}", value=plain, unit="bytes")]
+    for name in ENGINES:
+        more = statistics.median(peaks[name]) / plain
+        target = 1.1 if name == "two_pass" else None
+        rows.append(_with_target(f"dp.peak_memory_beyond_weights.{name}_over_non_private.{place}", more, target))
+    return rows
+
+
+def _peak_beyond_weights(name: str, image_size: int, threads: int) -> int:
+    """Bytes; runs in a process of its own."""
+    torch.set_num_threads(threads)
+    config = _model(image_size)
+    backend = one_process(config)
+    microbatch = _microbatch(name, backend, fixed_losses(config, MICROBATCH, backend.world.device))
+    before = _memory(peak=False)
+    for parameter in backend.module.parameters():
+        parameter.grad = torch.ones_like(parameter)  # of earlier microbatches
+    microbatch()
+    return _memory(peak=True) - before
+
+
+def _memory(*, peak: bool) -> int:
+    """Bytes that this process holds, or the most that it held: allocated on the GPU, or resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
+    # Not ru_maxrss: it begins with what the process was forked from.
+    field = "VmHWM:" if peak else "VmRSS:"
+    lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def _model(image_size: int) -> DiTModel:
+    return DiTModel(name="dit", width=384, depth=6, heads=6, image_size=image_size, channels=3, num_classes=10)
+
+
+def _private_stage(config: DiTModel) -> FinetuneStage:
+    privacy = Privacy(target_epsilon=10.0, max_grad_norm=BOUND, replay_steps=0)
+    return FinetuneStage(
+        name="finetune_dp", stage="finetune_dp", split="private", privacy=privacy, **_training(config)
+    )  # fmt: skip
+
+
+def _public_stage(config: DiTModel) -> PretrainStage:
+    return PretrainStage(name="pretrain", stage="pretrain", split="public", **_training(config))
+
+
+def _training(config: DiTModel) -> dict[str, Any]:
+    train = Train(steps=RUN_STEPS, batch_size=MICROBATCH * MICROBATCHES, microbatch_size=MICROBATCH, seed=0)
+    optim, parallel = Optim(learning_rate=1e-4), Parallel(backend="single")
+    return {"data_from": "data", "model": config, "train": train, "optim": optim, "parallel": parallel}
+
+
+def _records(number: int, config: DiTModel) -> Iterator[Record]:
+    generator = np.random.default_rng(0)
+    for index in range(number):
+        pixels = generator.integers(0, 256, (config.image_size, config.image_size, 3), dtype=np.uint8)
+        yield Record(f"{index:03d}", f"{index:03d}", encode_png(Image.fromarray(pixels)), index % 10, None)
+
+
+@contextmanager
+def _mechanism(stage: FinetuneStage, ledger: Path, num_units: int) -> Iterator[Mechanism]:
+    """A mechanism over a new ledger, on whatever disk holds it."""
+    secret = bytes(range(32))
+    with Ledger.open(
+        ledger,
+        delta=stage.privacy.delta,
+        unit="record",
+        dataset_root="bench",
+        signing_seed=signing_seed(secret),
+        fencing_epoch=1,
+    ) as opened:
+        yield Mechanism(
+            mechanism_terms(stage, stage.name, num_units),
+            secret,
+            opened,
+            lambda value: value,
+            code_version=code_version(),
+            config_sha256=stage.sha256(),
+            operational=OPERATIONAL,
+        )
+
+
+def _where() -> str:
+    return "cuda" if torch.cuda.is_available() else f"threads{torch.get_num_threads()}"
+
+
+def _over_non_private(name: str, times: Times, work: str, target: float | None) -> Row:
+    if work not in times:
+        return Row(name=name, value=None, unit="1")
+    return _with_target(name, ratio(times, work, "non_private"), target)
+
+
+def _with_target(name: str, value: float, target: float | None) -> Row:
+    """A ratio that must be at least its target where it is a rate, and at most where it is a cost."""
+    if target is None:
+        return Row(name=name, value=value, unit="1")
+    ok = value >= target if "_rate_" in name else value <= target
+    return Row(name=name, value=value, unit="1", target=target, ok=ok)
