@@ -10,8 +10,9 @@ cheaper form of the two chosen by layer, Bu et al. 2022 (arXiv:2205.10683, Sec. 
 Rounding guard. Where a record's tokens cancel (huge factors, small sum), a norm computed in floating point can fall
 short of the true one by any amount, and so could be made to escape its clipping bound. Its error is small in units of
 the *spread*, sum_n ||left_n|| ||right_n||, however much cancels: `squared_norms` therefore adds an allowance for
-rounding in those units. Where N tokens point in random directions the allowance is 2 N eps of the norm by Gram matrices
-and 8 sqrt(N) eps of a formed one; a record whose tokens cancel is clipped too hard rather than too little.
+rounding in those units. Where N tokens of D and P features point in random directions it is about
+(N + 1.5 sqrt(D) + 1.5 sqrt(P)) eps / 2 of the norm by Gram matrices and 8 sqrt(N) eps of a formed one; a record whose
+tokens cancel is clipped too hard rather than too little.
 """
 
 # B records, G groups, N tokens, P right features, D left features
@@ -27,12 +28,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Errors measured over copies of two nearly opposite tokens (tests/privacy/test_sensitivity.py), in eps: up to 2.5
-# spread^2 by Gram matrices, up to 7 spread in a formed sum of 256 tokens.
-_GRAM_ROUNDING = 4.0
+# In eps, found by attack (tests/privacy/test_sensitivity.py). Features all equal round the same way at every addition:
+# a sum over P of them errs by sqrt(P) and some. Where inner products are small beside their terms, one eps a token is
+# held in reserve. A formed sum of 256 copies of two nearly opposite tokens errs by 7 spread.
+_FEATURES_ROUNDING = 1.5
+_GRAM_ROUNDING = 1.0
 _SUM_ROUNDING = 8.0
-# Features all equal can be chosen so that every addition rounds the same way, tens of eps in all. Never below this share
-# of the spread (1 / 4 sqrt(N) and 1 / 1024 in fp32), a norm cannot be rounded away even so.
+_SQUARES_ROUNDING = 0.5  # torch adds up squares several at a time
+# Whatever rounding does, no norm is below this share of the spread: in fp32 1 / (4 sqrt(N)) and 1 / 1024.
 _GRAM_FLOOR_PER_TOKEN = 2.0**19
 _SUM_FLOOR = 2.0**13
 
@@ -189,9 +192,7 @@ class RowSums:
         if left_BND.shape[1] == 1:
             return left_BND.square().sum((1, 2))
         same_BNN = (self.rows_BN[:, :, None] == self.rows_BN[:, None, :]).to(left_BND.dtype)
-        left_gram_BNN = torch.bmm(left_BND, left_BND.mT)
-        spread_B = _spread(left_gram_BNN, same_BNN, left_BND.shape[2], 1)
-        return _allow_for_gram((left_gram_BNN * same_BNN).sum((1, 2)), spread_B, left_BND.shape[1])
+        return _squared_norms_of_grams(torch.bmm(left_BND, left_BND.mT), same_BNN, (left_BND.shape[2], 1))
 
     def weighted_sum(self, weights: RecordWeights) -> Tensor:
         weighted_BND = weights.scale(self._added)
@@ -216,9 +217,8 @@ class ExpertOuterProducts:
         left_BND, right_BNP = at_least_fp32(self.left_BND), at_least_fp32(self.right_BNP)
         same_BNN = self.experts_BN[:, :, None] == self.experts_BN[:, None, :]
         right_gram_BNN = torch.bmm(right_BNP, right_BNP.mT) * same_BNN
-        left_gram_BNN = torch.bmm(left_BND, left_BND.mT)
-        spread_B = _spread(left_gram_BNN, right_gram_BNN, left_BND.shape[2], right_BNP.shape[2])
-        return _allow_for_gram((left_gram_BNN * right_gram_BNN).sum((1, 2)), spread_B, left_BND.shape[1])
+        widths = (left_BND.shape[2], right_BNP.shape[2])
+        return _squared_norms_of_grams(torch.bmm(left_BND, left_BND.mT), right_gram_BNN, widths)
 
     def weighted_sum(self, weights: RecordWeights) -> Tensor:
         left, right = weights.scale(self.left_BND).flatten(0, 1), weights.mask(self.right_BNP).flatten(0, 1)
@@ -252,39 +252,51 @@ def _concatenated(factors: Sequence[Tensor]) -> Tensor:
 
 def _squared_norms_by_gram(left_BND: Tensor, right_BNP: Tensor) -> Tensor:
     """<left Gram, right Gram> of each record, guarded; both are symmetric, so little more than half is formed."""
-    num_tokens = left_BND.shape[1]
+    num_tokens, widths = left_BND.shape[1], (left_BND.shape[2], right_BNP.shape[2])
     bands = _GRAM_BANDS if left_BND.device.type == "cpu" and num_tokens >= 8 * _GRAM_BANDS else 1
-    width = -(-num_tokens // bands)
-    squared_B, spread_B = left_BND.new_zeros(len(left_BND)), left_BND.new_zeros(len(left_BND))
-    for start in range(0, num_tokens, width):
-        band = slice(start, start + width)
-        left_BNM, right_BNM = (torch.bmm(x[:, start:], x[:, band].mT) for x in (left_BND, right_BNP))
+    if bands == 1:
+        return _squared_norms_of_grams(torch.bmm(left_BND, left_BND.mT), torch.bmm(right_BNP, right_BNP.mT), widths)
+    totals_2B, spread_B = left_BND.new_zeros(2, len(left_BND)), left_BND.new_zeros(len(left_BND))
+    height = -(-num_tokens // bands)
+    for start in range(0, num_tokens, height):
+        left_BNM, right_BNM = (
+            torch.bmm(x[:, start:], x[:, start : start + height].mT) for x in (left_BND, right_BNP)
+        )  # fmt: skip
         square = left_BNM.shape[2]
-        spread_B = spread_B + _spread(
-            left_BNM[:, :square], right_BNM[:, :square], left_BND.shape[2], right_BNP.shape[2]
-        )
+        spread_B += _spread(left_BNM[:, :square], right_BNM[:, :square], widths)
         products_BNM = left_BNM.mul_(right_BNM)
-        squared_B = squared_B + 2 * products_BNM[:, square:].sum((1, 2)) + products_BNM[:, :square].sum((1, 2))
-    return _allow_for_gram(squared_B, spread_B, num_tokens)
+        totals_2B += _totals(products_BNM[:, :square]) + 2 * _totals(products_BNM[:, square:])
+    return _allow_for_gram(totals_2B, spread_B, num_tokens, widths)
 
 
-def _spread(left_BNN: Tensor, right_BNN: Tensor, D: int, P: int) -> Tensor:
-    """sum_n ||left_n|| ||right_n||, (B,), from two Gram matrices of D and P features."""
+def _squared_norms_of_grams(left_BNN: Tensor, right_BNN: Tensor, widths: tuple[int, int]) -> Tensor:
+    """<left, right> of each record's two whole Gram matrices, guarded."""
+    spread_B = _spread(left_BNN, right_BNN, widths)
+    return _allow_for_gram(_totals(left_BNN * right_BNN), spread_B, left_BNN.shape[1], widths)
+
+
+def _totals(products_BNM: Tensor) -> Tensor:
+    """Their sum and that of their magnitudes, (2, B); what is given is overwritten."""
+    return torch.stack([products_BNM.sum((1, 2)), products_BNM.abs_().sum((1, 2))])
+
+
+def _spread(left_BNN: Tensor, right_BNN: Tensor, widths: tuple[int, int]) -> Tensor:
+    """sum_n ||left_n|| ||right_n||, (B,), from two Gram matrices of so many features."""
     info = torch.finfo(left_BNN.dtype)
     left_norms_BN, right_norms_BN = (
         # what underflowed in one Gram matrix may have met a large entry of the other: no norm is below this
-        x.diagonal(dim1=1, dim2=2).sqrt() + math.sqrt(width * info.tiny / info.eps)
-        for x, width in ((left_BNN, D), (right_BNN, P))
+        x_BNN.diagonal(dim1=1, dim2=2).sqrt() + math.sqrt(width * info.tiny / info.eps)
+        for x_BNN, width in zip((left_BNN, right_BNN), widths, strict=True)
     )
     return (left_norms_BN * right_norms_BN).sum(1)
 
 
-def _allow_for_gram(squared_B: Tensor, spread_B: Tensor, num_tokens: int) -> Tensor:
-    """Squared norms from Gram matrices, made as large as rounding may have made them small."""
-    eps, spread_B = torch.finfo(squared_B.dtype).eps, spread_B.square()
-    return torch.maximum(
-        squared_B + _GRAM_ROUNDING * eps * spread_B, _GRAM_FLOOR_PER_TOKEN * eps / num_tokens * spread_B
-    )
+def _allow_for_gram(totals_2B: Tensor, spread_B: Tensor, num_tokens: int, widths: tuple[int, int]) -> Tensor:
+    """Squared norms from the products of two Gram matrices, made as large as rounding may have made them small."""
+    (squared_B, magnitude_B), spread_B = totals_2B, spread_B.square()
+    eps = torch.finfo(squared_B.dtype).eps
+    rounding_B = _GRAM_ROUNDING * spread_B + _FEATURES_ROUNDING * sum(map(math.sqrt, widths)) * magnitude_B
+    return torch.maximum(squared_B + eps * rounding_B, _GRAM_FLOOR_PER_TOKEN * eps / num_tokens * spread_B)
 
 
 def _allow_for_sum(norms_B: Tensor, spread_B: Tensor) -> Tensor:
@@ -294,7 +306,9 @@ def _allow_for_sum(norms_B: Tensor, spread_B: Tensor) -> Tensor:
 
 
 def _norms(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=-1)
+    """Norms over the last dimension, made as large as rounding may have made them small."""
+    rounding = _SQUARES_ROUNDING * math.sqrt(x.shape[-1]) * torch.finfo(x.dtype).eps
+    return torch.linalg.vector_norm(x, dim=-1) * (1 + rounding)
 
 
 def _along(values_B: Tensor, x_B: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Plain twins: what each operation means, written for reading and for comparison, in whatever precision is given."""
 
-# B records, N tokens, P input features, D output features, V entries of a table
+# B records, G groups, N tokens, P input features, D output features, V rows of a table, E experts
 from __future__ import annotations
 
 import math
@@ -10,15 +10,26 @@ import torch
 from torch import Tensor
 
 
-def linear_squared_norms(x_BNP: Tensor, g_BND: Tensor) -> Tensor:
-    """Form every record's weight gradient, then square it."""
-    return torch.einsum("bnd,bnp->bdp", g_BND, x_BNP).square().sum((1, 2))
+def outer_products(left_BGND: Tensor, right_BGNP: Tensor) -> Tensor:
+    """Each record's gradient of a linear layer or a convolution in G groups, (B, G, D, P)."""
+    return (left_BGND[..., :, None] * right_BGNP[..., None, :]).sum(2)
 
 
-def embedding_squared_norms(indices_BN: Tensor, g_BND: Tensor, num_entries: int) -> Tensor:
-    """Form every record's table gradient, then square it."""
-    onehot_BNV = torch.nn.functional.one_hot(indices_BN, num_entries).to(g_BND.dtype)
-    return torch.einsum("bnd,bnv->bvd", g_BND, onehot_BNV).square().sum((1, 2))
+def row_sums(rows_BN: Tensor, left_BND: Tensor, num_rows: int) -> Tensor:
+    """Each record's gradient of a table, (B, V, D); rows of -1 add nothing."""
+    gradients_BVD = left_BND.new_zeros(len(rows_BN), num_rows, left_BND.shape[2])
+    for record, rows_N in enumerate(rows_BN.tolist()):
+        for token, row in enumerate(rows_N):
+            if row >= 0:
+                gradients_BVD[record, row] += left_BND[record, token]
+    return gradients_BVD
+
+
+def expert_outer_products(experts_BN: Tensor, left_BND: Tensor, right_BNP: Tensor, num_experts: int) -> Tensor:
+    """Each record's gradient of each expert's matrix, (B, E, D, P)."""
+    of_expert_BEN = experts_BN[:, None] == torch.arange(num_experts, device=experts_BN.device)[:, None]
+    products_BNDP = left_BND[..., :, None] * right_BNP[..., None, :]
+    return (of_expert_BEN[..., None, None] * products_BNDP[:, None]).sum(2)
 
 
 def chacha20_block(key: bytes, counter: int, nonce: bytes) -> bytes:

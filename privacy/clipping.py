@@ -362,15 +362,14 @@ def _require_reports(sites: Mapping[str, Site], visited: set[Use]) -> None:
 
 
 def _groups(layers: Mapping[str, PrivateLayer]) -> dict[str, int]:
-    """A group number for each layer: 0.., the same for layers that share a parameter."""
-    groups: dict[str, int] = {}
-    of_parameter: dict[str, int] = {}
+    """A group number, 0.., for each layer; layers that share a parameter, directly or through others, have the same."""
+    users: dict[str, list[str]] = {}
     for name, layer in layers.items():
-        met = sorted({of_parameter[p] for p in layer.parameters.values() if p in of_parameter})
-        group = met[0] if met else 1 + max(groups.values(), default=-1)
-        merged = {other: group for other in met}
-        groups = {n: merged.get(g, g) for n, g in groups.items()} | {name: group}
-        of_parameter = {p: merged.get(g, g) for p, g in of_parameter.items()}
-        of_parameter |= dict.fromkeys(layer.parameters.values(), group)
+        for parameter in layer.parameters.values():
+            users.setdefault(parameter, []).append(name)
+    groups = {name: number for number, name in enumerate(layers)}
+    for together_now in users.values():
+        joined = {groups[name] for name in together_now}
+        groups = {name: min(joined) if group in joined else group for name, group in groups.items()}
     dense = {group: number for number, group in enumerate(dict.fromkeys(groups.values()))}
     return {name: dense[group] for name, group in groups.items()}

@@ -260,7 +260,7 @@ class Mechanism:
     def clip_losses(self, losses_B: Tensor, present_B: Tensor) -> Tensor:
         """Sum of the present units' losses, each clipped to [0, loss_bound]; what is not finite counts as zero.
 
-        In float64: an fp32 sum of a large batch would round by more than a unit's share of the noise allows for.
+        In float64: one loss more would move an fp32 sum by the rounding of all the others too.
         """
         finite_B = torch.where(present_B & torch.isfinite(losses_B), losses_B, 0.0).double()
         return finite_B.clamp(0.0, self.terms.loss_bound).sum()

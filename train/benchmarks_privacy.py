@@ -1,4 +1,4 @@
-"""What privacy costs: clipping, whole steps, ledger and noise in time, and clipping in memory, beside what is not private.
+"""What privacy costs: clipping, whole steps, ledger and noise in time, clipping in memory, beside plain training.
 
 The model is a DiT of 16M parameters on microbatches of 16 records of 64 or 256 tokens. Every row's name says on how
 many threads it was measured (or that it was on a GPU, where the targets, which are of a CPU, do not apply).
@@ -14,7 +14,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -32,9 +32,9 @@ from privacy.ledger import Ledger
 from privacy.mechanism import Mechanism
 from privacy.noise import GaussianNoise
 from privacy.secrets import signing_seed
-from train.benchmarks import Times, Work, fixed_losses, initialised, interleaved, one_process, ratio, seconds
+from train.benchmarks import Work, fixed_losses, initialised, interleaved, one_process, ratio, seconds
 from train.config import OPERATIONAL, DiTModel, FinetuneStage, Optim, Parallel, PretrainStage, Privacy, Train
-from train.data import Prefetcher, ShardDataset, public_batch
+from train.data import Indices, Prefetcher, ShardDataset, public_batch
 from train.images import encode_png
 from train.measurements import Row
 from train.optim import ExponentialMovingAverage
@@ -79,7 +79,8 @@ def _clipping(image_size: int, rounds: int) -> list[Row]:
     place = f"B{MICROBATCH}_T{config.num_tokens}_{_where()}"
     rows = [Row(name=f"dp.non_private.{place}", value=statistics.median(times["non_private"]), unit="s")]
     for name in (*ENGINES, *RIVALS):
-        rows.append(_over_non_private(f"dp.{name}_over_non_private.{place}", times, name, TARGETS.get(name)))
+        cost = ratio(times, name, "non_private") if name in times else None
+        rows.append(_cost(f"dp.{name}_over_non_private.{place}", cost, TARGETS.get(name)))
     return rows
 
 
@@ -164,69 +165,66 @@ def _plain(config: DiTModel) -> nn.Module:
     model = initialised(config)
     for module in model.modules():
         if isinstance(module, Linear):
-            module.__class__ = nn.Linear
+            module.__class__ = nn.Linear  # type: ignore[assignment]
         elif isinstance(module, Embedding):
-            module.__class__ = nn.Embedding
+            module.__class__ = nn.Embedding  # type: ignore[assignment]
     return model
 
 
 def _logical_step(rounds: int) -> list[Row]:
-    """A whole private step over a whole public one: 8 microbatches of the same 128 records, by the real steps.
+    """A whole private step over a whole public one, and the share that ledger and gate have in it.
 
-    `auto` is what a stage takes that names no engine. Every unit is drawn, at sampling rate 1, so that each step has
-    as many microbatches as the next.
+    `auto` is what a stage takes that names no engine.
     """
-    config, num_records = _model(16), MICROBATCH * MICROBATCHES
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        write_shards(folder / "data", "private", _records(num_records, config), shard_size=num_records)
-        dataset = ShardDataset(folder / "data", "private")
-        stage, public_stage = _private_stage(config), _public_stage(config)
-        mechanism = stack.enter_context(_mechanism(stage, folder / "ledger.jsonl", num_records))
-        backend = one_process(config)
-        average = ExponentialMovingAverage(backend, stage.optim.ema_decay)
-        prefetcher = stack.enter_context(
-            Prefetcher(
-                dataset,
-                lambda step: public_batch(0, step, num_records, num_records),
-                config.channels,
-                config.image_size,
-                RUN_STEPS,
-            )
-        )
-        batches = Batches(stage, config, backend.world)
-        public_batches = Batches(public_stage, config, backend.world)
-        public = PublicStep(public_stage, public_batches, backend, average, prefetcher)
-        clippers = {
-            "auto": stage_clipper(stage, config, backend, None),
-            **{name: make_clipper(name, backend.module, BOUND) for name in ("two_pass", "group_wise")},
-        }
-        steps = {
-            "non_private": public,
-            **{
-                name: PrivateStep(stage, batches, backend, average, clipper, mechanism, dataset)
+    config = _model(16)
+    with tempfile.TemporaryDirectory() as folder, _logical_steps(config, Path(folder)) as works:
+        works["non_private"]()
+        works["auto"]()
+        times = interleaved(works, rounds)
+        step_s = statistics.median(times["auto"])
+        ledger_s = _ledger_and_gate(config, Path(folder) / "ledger-of-many.jsonl")
+    place = f"B{MICROBATCH}x{MICROBATCHES}_T{config.num_tokens}_{_where()}"
+    rows = [Row(name=f"dp.logical_step.auto.{place}", value=step_s, unit="s")]
+    for name in list(works)[1:]:
+        cost, target = ratio(times, name, "non_private"), 1.25 if name == "auto" else None
+        rows.append(_cost(f"dp.logical_step.{name}_over_non_private.{place}", cost, target))
+    return [*rows, _cost(f"dp.ledger_and_gate_share_of_logical_step.{place}", ledger_s / step_s, 0.01)]
+
+
+@contextmanager
+def _logical_steps(config: DiTModel, folder: Path) -> Iterator[dict[str, Work]]:
+    """The real public and private steps over the same 128 records, with one model, optimizer and average for all.
+
+    Every unit is drawn, at sampling rate 1, so that each step has 8 microbatches.
+    """
+    num_records = MICROBATCH * MICROBATCHES
+    write_shards(folder / "data", "private", _records(num_records, config), shard_size=num_records)
+    dataset = ShardDataset(folder / "data", "private")
+    private, public = _private_stage(config), _public_stage(config)
+    backend = one_process(config)
+    average = ExponentialMovingAverage(backend, private.optim.ema_decay)
+    clippers = {"auto": stage_clipper(private, config, backend, None)}
+    clippers |= {name: make_clipper(name, backend.module, BOUND) for name in ENGINES if name != "kept_gradients"}
+
+    def order(step: int) -> Indices:
+        return public_batch(public.train.seed, step, num_records, num_records)
+
+    def counting(step: Callable[[int], object], numbers: Iterator[int]) -> Work:
+        return lambda: step(next(numbers))
+
+    with (
+        Prefetcher(dataset, order, config.channels, config.image_size, RUN_STEPS) as prefetcher,
+        _mechanism(private, folder / "ledger.jsonl", num_records) as mechanism,
+    ):
+        batches, numbers = Batches(private, config, backend.world), itertools.count()
+        public_step = PublicStep(public, Batches(public, config, backend.world), backend, average, prefetcher)
+        yield {
+            "non_private": counting(public_step, itertools.count()),
+            **{  # the engines take turns in one run: a mechanism's steps follow each other
+                name: counting(PrivateStep(private, batches, backend, average, clipper, mechanism, dataset), numbers)
                 for name, clipper in clippers.items()
             },
         }
-        public_steps, private_steps = itertools.count(), itertools.count()
-        works: dict[str, Work] = {
-            name: lambda step=step: step(next(public_steps if step is public else private_steps))
-            for name, step in steps.items()
-        }
-        for first in ("non_private", "auto"):
-            works[first]()
-        times = interleaved(works, rounds)
-        step_s = statistics.median(times["auto"])
-        ledger_s = _ledger_and_gate(config, folder / "ledger-of-many.jsonl")
-    place = f"B{MICROBATCH}x{MICROBATCHES}_T{config.num_tokens}_{_where()}"
-    rows = [
-        _over_non_private(
-            f"dp.logical_step.{name}_over_non_private.{place}", times, name, 1.25 if name == "auto" else None
-        )
-        for name in clippers
-    ]
-    share = _with_target(f"dp.ledger_and_gate_share_of_logical_step.{place}", ledger_s / step_s, 0.01)
-    return [*rows, Row(name=f"dp.logical_step.auto.{place}", value=step_s, unit="s"), share]
 
 
 def _ledger_and_gate(config: DiTModel, ledger: Path) -> float:
@@ -268,18 +266,20 @@ def _noise(threads: int, count: int = 1 << 23) -> list[Row]:
         for name in works
     ]
     for name in list(works)[1:]:
-        target = 0.5 if name in KEYSTREAMS else None
         rate = ratio(times, "torch_randn", name)
-        rows.append(_with_target(f"dp.noise.{name}_rate_over_torch_randn.threads{threads}", rate, target))
+        row = Row(name=f"dp.noise.{name}_rate_over_torch_randn.threads{threads}", value=rate, unit="1")
+        if name in KEYSTREAMS:
+            row["target"], row["ok"] = 0.5, rate >= 0.5
+        rows.append(row)
     return rows
 
 
 def _peak_memory(image_size: int, repeats: int) -> list[Row]:
-    """Peak memory beyond the weights while one microbatch is added to gradients that are there already.
+    """Peak memory beyond the weights while three microbatches are added up, after which it grows no more.
 
     Beyond the weights: gradients, activations, what an engine keeps, and what the libraries allocate. Without AdamW's
-    states and EMA, which are the same for all. On a CPU it is resident memory, in a fresh process each: the allocator's
-    moods are in it, hence the median.
+    states and EMA, which are the same for all. On a CPU it is resident memory, in a fresh process each, with the holes
+    in glibc's heap: hence several microbatches and the median over processes.
     """
     names = ("non_private", *ENGINES)
     context = get_context("forkserver")
@@ -293,9 +293,8 @@ def _peak_memory(image_size: int, repeats: int) -> list[Row]:
     plain = statistics.median(peaks["non_private"])
     rows = [Row(name=f"dp.peak_memory_beyond_weights.non_private.{place}", value=plain, unit="bytes")]
     for name in ENGINES:
-        more = statistics.median(peaks[name]) / plain
-        target = 1.1 if name == "two_pass" else None
-        rows.append(_with_target(f"dp.peak_memory_beyond_weights.{name}_over_non_private.{place}", more, target))
+        cost, target = statistics.median(peaks[name]) / plain, 1.1 if name == "two_pass" else None
+        rows.append(_cost(f"dp.peak_memory_beyond_weights.{name}_over_non_private.{place}", cost, target))
     return rows
 
 
@@ -306,9 +305,8 @@ def _peak_beyond_weights(name: str, image_size: int, threads: int) -> int:
     backend = one_process(config)
     microbatch = _microbatch(name, backend, fixed_losses(config, MICROBATCH, backend.world.device))
     before = _memory(peak=False)
-    for parameter in backend.module.parameters():
-        parameter.grad = torch.ones_like(parameter)  # of earlier microbatches
-    microbatch()
+    for _ in range(3):
+        microbatch()
     return _memory(peak=True) - before
 
 
@@ -377,15 +375,7 @@ def _where() -> str:
     return "cuda" if torch.cuda.is_available() else f"threads{torch.get_num_threads()}"
 
 
-def _over_non_private(name: str, times: Times, work: str, target: float | None) -> Row:
-    if work not in times:
-        return Row(name=name, value=None, unit="1")
-    return _with_target(name, ratio(times, work, "non_private"), target)
-
-
-def _with_target(name: str, value: float, target: float | None) -> Row:
-    """A ratio that must be at least its target where it is a rate, and at most where it is a cost."""
-    if target is None:
-        return Row(name=name, value=value, unit="1")
-    ok = value >= target if "_rate_" in name else value <= target
+def _cost(name: str, value: float | None, target: float | None) -> Row:
+    """A ratio that may be at most its target, where it has one; None where it was not measured."""
+    ok = None if value is None or target is None else value <= target
     return Row(name=name, value=value, unit="1", target=target, ok=ok)

@@ -12,6 +12,7 @@ import torch
 
 from checkpointing.sharded import Checkpoint
 from models.dit import DiTConfig
+from privacy.accounting import delta_warning
 from privacy.clipping import Clipper, GroupWiseClipper, make_clipper
 from privacy.ledger import Ledger, LedgerError, read_ledger
 from privacy.mechanism import Mechanism, Terms
@@ -67,9 +68,12 @@ def open_mechanism(
     privacy, path = stage.privacy, run.ledger_path(stage)
     assert path is not None
     secret = load_master_secret(Path(privacy.key_file) if privacy.key_file else run.path / "secret.key")
+    warning = delta_warning(privacy.delta, num_units(stage, dataset))
     with ExitStack() as stack:
         ledger = None
         if world.rank == 0:
+            if warning is not None:
+                print(f"warning: {warning}", flush=True)
             if resumed is not None:
                 _require_ledger_of(resumed, path)
             ledger = stack.enter_context(

@@ -47,8 +47,8 @@ def losses_of(y: Tensor, num_records: int) -> Tensor:
 
 
 def clipped_sum(
-    engine: str | Clipper, model: nn.Module, losses: Callable[[nn.Module], Tensor], present_B: Tensor, bound: float = 1.0,
-    backend: OneProcess | None = None,
+    engine: str | Clipper, model: nn.Module, losses: Callable[[nn.Module], Tensor], present_B: Tensor,
+    bound: float = 1.0, backend: OneProcess | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
     """What one microbatch leaves in the gradients, by parameter."""
     clipper = clipper_of(engine, model, bound) if isinstance(engine, str) else engine

@@ -234,7 +234,7 @@ def experts(num_tokens: int) -> Case:
 CASES: dict[str, Callable[[int], Case]] = {
     "linear_2d": lambda n: linear(),
     "linear_2d_without_bias": lambda n: linear(bias=False),
-    "linear_3d": lambda n: linear(n),
+    "linear_3d": linear,
     "linear_3d_without_bias": lambda n: linear(n, bias=False),
     "linear_4d": lambda n: linear(2, n // 2 + 1),
     "conv_padded": lambda n: conv(4 if n < 9 else 6, 3, padding=1),
@@ -248,7 +248,7 @@ CASES: dict[str, Callable[[int], Case]] = {
     "layer_norm": lambda n: layer_norm(n, bias=True),
     "layer_norm_without_bias": lambda n: layer_norm(n, bias=False),
     "rms_norm_2d": lambda n: rms_norm(),
-    "rms_norm_3d": lambda n: rms_norm(n),
+    "rms_norm_3d": rms_norm,
     "qk_norm": lambda n: qk_norm(n, bias=True),
     "qk_norm_without_bias": lambda n: qk_norm(n, bias=False),
     "ada_ln": ada_ln,

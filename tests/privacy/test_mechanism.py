@@ -362,13 +362,16 @@ def test_losses_are_clipped_and_what_is_not_finite_counts_as_zero(ledger: Ledger
 
 
 def test_one_unit_moves_the_sum_of_losses_by_no_more_than_the_bound_however_large_the_batch(ledger: Ledger) -> None:
-    private = mechanism(ledger)
-    losses = torch.rand(200_001, generator=torch.Generator().manual_seed(0)) + 1.0
-    losses[-1] = 7.0
-    without, present = torch.ones(200_001, dtype=torch.bool), torch.ones(200_001, dtype=torch.bool)
-    without[-1] = False
-    moved = private.clip_losses(losses, present) - private.clip_losses(losses, without)
-    assert abs(moved.item()) <= TERMS.loss_bound * (1 + 1e-9)  # a sum of floats would move by another 1 in 256
+    private = mechanism(ledger, replace(TERMS, loss_bound=1.7))
+    losses = torch.rand(200_001, generator=torch.Generator().manual_seed(1)) + 1.0
+    losses[7] = 9.0
+    everyone = torch.ones(200_001, dtype=torch.bool)
+    others = everyone.clone()
+    others[7] = False
+    moved = private.clip_losses(losses, everyone) - private.clip_losses(losses, others)
+    assert abs(moved.item()) <= 1.7 * (1 + 1e-9)
+    floats = losses.clamp(0.0, 1.7)
+    assert (floats.sum() - torch.where(others, floats, 0.0).sum()).item() > 1.7 * 1.01  # had they been summed as floats
 
 
 def test_a_batch_larger_than_the_data_set_is_refused(ledger: Ledger) -> None:
