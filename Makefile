@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUN ?= runs/digits
+# a file's tests share what they prepare, so a file goes to one process
+PARALLEL ?= --numprocesses auto --maxprocesses 4 --dist loadfile
 export DS_ACCELERATOR ?= cpu
 
 .PHONY: help setup demo test test-slow check bench clean
@@ -25,10 +27,10 @@ demo: $(STAMP)  ## the main job on embedded data: two ranks on the CPU, into run
 	$(BIN)/python scripts/launch.py configs/digits --nproc 2 --run-dir $(RUN)
 
 test: $(STAMP)  ## the tests (under 15 minutes on 2 cores)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PARALLEL)
 
 test-slow: $(STAMP)  ## the heavier matrices too
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m 'not gpu'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PARALLEL) -m 'not gpu'
 
 check: $(STAMP)  ## ruff, pyright and the import arrows
 	$(BIN)/ruff check .

@@ -224,7 +224,7 @@ class GroupWiseClipper(Clipper):
     def adapt(self, noised_counts: Sequence[float], expected_batch_size: int) -> None:
         """Move each bound towards the quantile (Andrew et al. 2021, Alg. 1); the sensitivity stays what it was."""
         assert self.quantile is not None
-        within = [count / expected_batch_size + 0.5 for count in noised_counts]
+        within = [min(1.0, max(0.0, count / expected_batch_size + 0.5)) for count in noised_counts]  # it is a share
         moved = [b * math.exp(-self.rate * (w - self.quantile)) for b, w in zip(self.bounds, within, strict=True)]
         self.bounds = [b * self.bound / math.hypot(*moved) for b in moved]
 
