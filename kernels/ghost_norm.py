@@ -42,6 +42,7 @@ _SUM_FLOOR = 2.0**13
 # Measured on a CPU (docs/results/bench_dp.json): a symmetric product in this many bands takes (1 + 1/bands) / 2 of the
 # time, and a word written and read again takes that of about as many multiply-adds.
 _GRAM_BANDS = 4
+_LEAST_BAND = 32  # tokens; narrower ones cost more than they save
 _MULTIPLY_ADDS_A_WORD = 24
 _MOST_FORMED_BYTES = 1 << 25  # above it, glibc maps memory anew at each allocation, and its first touch costs more
 
@@ -253,7 +254,7 @@ def _concatenated(factors: Sequence[Tensor]) -> Tensor:
 def _squared_norms_by_gram(left_BND: Tensor, right_BNP: Tensor) -> Tensor:
     """<left Gram, right Gram> of each record, guarded; both are symmetric, so little more than half is formed."""
     num_tokens, widths = left_BND.shape[1], (left_BND.shape[2], right_BNP.shape[2])
-    bands = _GRAM_BANDS if left_BND.device.type == "cpu" and num_tokens >= 8 * _GRAM_BANDS else 1
+    bands = max(1, min(_GRAM_BANDS, num_tokens // _LEAST_BAND)) if left_BND.device.type == "cpu" else 1
     if bands == 1:
         return _squared_norms_of_grams(torch.bmm(left_BND, left_BND.mT), torch.bmm(right_BNP, right_BNP.mT), widths)
     totals_2B, spread_B = left_BND.new_zeros(2, len(left_BND)), left_BND.new_zeros(len(left_BND))

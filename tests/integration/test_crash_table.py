@@ -281,7 +281,7 @@ def test_each_step_charged_by_itself_a_process_killed_anywhere_has_paid_for_what
 
 
 @pytest.mark.parametrize("charge_ahead", [pytest.param(1, marks=pytest.mark.slow), 3])
-@pytest.mark.parametrize("place", rows("charge.appended"))
+@pytest.mark.parametrize("place", rows("noise.added"))
 def test_a_machine_that_loses_what_was_not_synced_has_paid_for_what_it_released(
     prepared: Path, tmp_path: Path, place: str, charge_ahead: int
 ) -> None:

@@ -97,11 +97,13 @@ def test_several_uses_together_have_their_cross_terms(N: int) -> None:
     [
         (1, 9, 9, None, False, 0),
         (8, 64, 64, None, False, 1),
-        (40, 96, 96, None, False, 4),
+        (40, 96, 96, None, False, 1),
+        (70, 160, 160, None, False, 2),
+        (130, 300, 300, None, False, 4),
         (40, 9, 9, None, True, 0),
         (40, 9, 9, "at_once", True, 0),
         (40, 9, 9, "later", True, 0),
-        (40, 81, 4, "later", False, 4),  # more features than twice the tokens: not worth its memory
+        (40, 81, 4, "later", False, 1),  # more features than twice the tokens: not worth its memory
         (8, 64, 64, "at_once", False, 1),
     ],
 )

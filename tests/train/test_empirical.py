@@ -93,6 +93,7 @@ def bound(found: Attack) -> float:
 
 def test_the_engine_holds_and_without_noise_the_check_sees_it(stage: FinetuneStage) -> None:
     told: list[tuple[int, int, str]] = []
+    joined = torch.distributed.is_initialized()
     check = check_engine(
         stage, MODEL, fresh_model().state_dict(), BlankRecords(), SECRET,
         progress=lambda *words: told.append(words), **SMALL,
@@ -102,7 +103,7 @@ def test_the_engine_holds_and_without_noise_the_check_sees_it(stage: FinetuneSta
     assert (check.steps, check.engine.canaries, check.engine.guesses) == (10, 200, 100)
     assert check.sampling_rate == pytest.approx(0.5)
     assert told[-1] == (20, 20, "the same without noise")
-    assert not torch.distributed.is_initialized()
+    assert torch.distributed.is_initialized() == joined
 
 
 @pytest.mark.parametrize("clipping", ["two_pass", "kept_gradients", "group_wise"])
