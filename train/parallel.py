@@ -5,6 +5,7 @@ every owned gradient shard to a callback just before AdamW reads it. Whatever th
 ranks and microbatches has then been reduced in fp32, and each element is shown on every rank that holds it.
 """
 
+import ctypes
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -65,11 +66,21 @@ def join_world() -> World:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
+        _keep_freed_memory()
     if not dist.is_initialized():
         process_group = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
         store = None if "MASTER_ADDR" in os.environ else dist.HashStore()
         dist.init_process_group(process_group, store=store, rank=rank, world_size=size)
     return World(rank, size, device)
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep what a step frees. Handed back to the system, each step would have all its pages zeroed again."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # other C libraries have their own ways
+        trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(mmap_threshold, 2**30)
 
 
 @dataclass(frozen=True, eq=False)
