@@ -118,12 +118,13 @@ def stage_clipper(stage: FinetuneStage, model: DiTConfig, backend: Backend, resu
         torch._functorch.config.donated_buffer = False  # pyright: ignore[reportAttributeAccessIssue]
     if backend.world.rank == 0:
         print(f"clipping: {engine} ({why})", flush=True)
-    clipper = make_clipper(engine, backend.module, privacy.max_grad_norm)
-    if isinstance(clipper, GroupWiseClipper):
-        if privacy.adaptive_bounds is not None:
-            clipper.quantile, clipper.rate = privacy.adaptive_bounds.quantile, privacy.adaptive_bounds.rate
-        if resumed is not None:
-            clipper.bounds = resumed.state["group_bounds"]
+    if engine != "group_wise":
+        return make_clipper(engine, backend.module, privacy.max_grad_norm)
+    adaptive = privacy.adaptive_bounds
+    follows = {} if adaptive is None else {"quantile": adaptive.quantile, "rate": adaptive.rate}
+    clipper = GroupWiseClipper(backend.module, privacy.max_grad_norm, **follows)
+    if resumed is not None:
+        clipper.bounds = resumed.state["group_bounds"]
     return clipper
 
 

@@ -1,5 +1,7 @@
 """The audit of a run folder: what it recomputes, which lies it finds, and what it tells a person."""
 
+# One file, somewhat long: each claim of the audit beside the run that breaks it.
+
 from __future__ import annotations
 
 import json

@@ -1,5 +1,7 @@
 """The private step's mechanism: what is charged before what, how much noise, and what happens when the budget ends."""
 
+# One file, somewhat long: every promise of the one class that composes the others, over one prepared ledger.
+
 import hashlib
 import json
 import os
