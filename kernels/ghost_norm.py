@@ -44,7 +44,7 @@ _SUM_FLOOR = 2.0**13
 _GRAM_BANDS = 4
 _LEAST_BAND = 32  # tokens; narrower ones cost more than they save
 _MULTIPLY_ADDS_A_WORD = 24
-_MOST_FORMED_BYTES = 1 << 25  # above it, glibc maps memory anew at each allocation, and its first touch costs more
+_MOST_FORMED_BYTES = 1 << 26  # of one layer, kept for later: beyond it, memory is worth more than the time
 
 Reuse = Literal["at_once", "later"] | None
 
@@ -112,7 +112,7 @@ class OuterProducts:
                 norms = _allow_for_sum(norms, (_norms(left) * _norms(right)).sum(1))
             else:
                 self._formed_BGDP = formed
-                self.left_BGND, self.right_BGNP = self.left_BGND[:, :, :0], self.right_BGNP[:, :, :0]
+                self.left_BGND, self.right_BGNP = (_without_tokens(x) for x in (self.left_BGND, self.right_BGNP))
             squared = norms.square()
         else:
             squared = _squared_norms_by_gram(left, right)
@@ -154,7 +154,7 @@ class OuterProducts:
         return self
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class TokenSum:
     """gradient_b = sum_n left[b, n]: a bias, or (with one token) any tensor that has a copy for each record."""
 
@@ -165,7 +165,12 @@ class TokenSum:
         left_BND = at_least_fp32(self.left_BND)
         if left_BND.shape[1] == 1:
             return left_BND.square().sum((1, 2))
-        return _allow_for_sum(_norms(left_BND.sum(1)), _norms(left_BND).sum(1)).square()
+        sums_B1D = left_BND.sum(1, keepdim=True)
+        norms_B = _norms(sums_B1D).squeeze(1)
+        if reuse is None:
+            return _allow_for_sum(norms_B, _norms(left_BND).sum(1)).square()
+        self.left_BND = sums_B1D  # what was measured is itself what is summed
+        return norms_B.square()
 
     def weighted_sum(self, weights: RecordWeights) -> Tensor:
         sums_BD = weights.mask(self.left_BND).sum(1)
@@ -245,6 +250,11 @@ def together(uses: Sequence[PerRecordGradient]) -> PerRecordGradient:
 def at_least_fp32(x: Tensor) -> Tensor:
     """`x` itself in fp64, otherwise in fp32: norms and sums over records are never taken in fewer bits."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def _without_tokens(factor_BGND: Tensor) -> Tensor:
+    B, G, _, D = factor_BGND.shape
+    return factor_BGND.new_empty(B, G, 0, D)  # a view of none would keep all of them in memory
 
 
 def _concatenated(factors: Sequence[Tensor]) -> Tensor:
