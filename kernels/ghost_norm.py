@@ -46,7 +46,7 @@ _LEAST_BAND = 32  # tokens; narrower ones cost more than they save
 _MULTIPLY_ADDS_A_WORD = 24
 _MOST_FORMED_BYTES = 1 << 26  # of one layer, kept for later: beyond it, memory is worth more than the time
 
-Reuse = Literal["at_once", "later"] | None
+Reuse = Literal["at_once", "later", "later_in_little"] | None
 
 
 class RecordWeights:
@@ -75,7 +75,8 @@ class PerRecordGradient(Protocol):
         """Squared L2 norm of each record's gradient, (B,), in at least fp32, not below the rounding guard's floor.
 
         reuse: when `weighted_sum` will be asked of this object too, in which case gradients that were formed are kept:
-        "at_once", or "later", with those of many other layers in memory meanwhile.
+        "at_once", or "later", with those of many other layers in memory meanwhile; "later_in_little" only where they
+        take no more room than their factors.
         """
         ...
 
@@ -143,6 +144,8 @@ class OuterProducts:
             return N > 1 and gram > N * P * D
         formed_bytes = B * G * D * P * max(4, self.left_BGND.itemsize)
         if reuse == "later" and (formed_bytes > _MOST_FORMED_BYTES or P > 2 * N):
+            return False
+        if reuse == "later_in_little" and D * P > N * D:
             return False
         return gram > _MULTIPLY_ADDS_A_WORD * P * D  # the product is needed anyway: what counts is to write and read it
 

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
-from kernels.ghost_norm import PerRecordGradient, RecordWeights, at_least_fp32, together
+from kernels.ghost_norm import PerRecordGradient, RecordWeights, Reuse, at_least_fp32, together
 from kernels.per_record import Gradients, Pass, PerRecordModule, Site, Use, activate
 
 EngineName = Literal["two_pass", "kept_gradients", "group_wise"]
@@ -39,7 +39,7 @@ Losses = Callable[[nn.Module], Tensor]
 
 # A coefficient is shrunk by this many units of its last place, so that rounding cannot carry a norm over the bound.
 _ROUNDING_UNITS = 8
-TWO_PASS_KEEPS = 0.25  # of the layers' outputs; measured at under a tenth of peak memory (docs/results/bench_dp.json)
+TWO_PASS_KEEPS = 0.36  # of the layers' outputs; measured at under a tenth of peak memory (docs/results/bench_dp.json)
 
 
 class Backend(Protocol):
@@ -176,7 +176,8 @@ class FlatClipper(Clipper):
     def _squared_norms(
         self, sites: Mapping[str, Site], losses_B: Tensor, kept: Collection[Use], *, retain_graph: bool
     ) -> Tensor:
-        norms = _NormPass(self.layers, sites, kept)
+        # two_pass is chosen for its memory, kept_gradients for its time
+        norms = _NormPass(self.layers, sites, kept, "later" if self.keep == 1 else "later_in_little")
         anchor = next(iter(sites.values())).anchor
         with activate(norms):
             torch.autograd.grad(losses_B.sum(), anchor, retain_graph=retain_graph, allow_unused=True)
@@ -247,9 +248,12 @@ def make_clipper(engine: EngineName, model: nn.Module, bound: float) -> Clipper:
 class _NormPass(Pass):
     """Sums squared norms over parameters; those of a parameter used several times once all its uses are there."""
 
-    def __init__(self, layers: Mapping[str, PrivateLayer], sites: Mapping[str, Site], kept: Collection[Use]) -> None:
+    def __init__(
+        self, layers: Mapping[str, PrivateLayer], sites: Mapping[str, Site], kept: Collection[Use], reuse: Reuse
+    ) -> None:
         self.visited = set[Use]()
         self._layers, self._kept = layers, kept
+        self._reuse = reuse
         uses = Counter(layers[name].parameters[local] for name, site in sites.items() for local in _used(site))
         self._several: dict[str, list[PerRecordGradient]] = {name: [] for name, number in uses.items() if number > 1}
         self._squared_B: Tensor | None = None
@@ -262,7 +266,7 @@ class _NormPass(Pass):
             if parameter in self._several:
                 self._several[parameter].append(gradient)
             else:
-                self._add(gradient.squared_norms(reuse="later" if keep else None))
+                self._add(gradient.squared_norms(reuse=self._reuse if keep else None))
         if keep:
             use.kept = gradients
         return {}
