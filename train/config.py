@@ -30,6 +30,7 @@ OPERATIONAL = (
     "parallel",
     "log",
     "checkpoint",
+    "supervision",
     "train.microbatch_size",
     "privacy.key_file",
     "privacy.charge_ahead",
@@ -86,6 +87,7 @@ class Parallel(Section):
 
     backend: Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
     nproc: Positive = 1  # processes a node
+    min_ranks: Positive | None = None  # a restart that finds too few devices goes on with no fewer than this; null: nproc
     activation_checkpointing: bool = False
     compile: bool = False
     hardware: str = "auto"  # a file of configs/hardware, for MFU and the memory plan
@@ -103,8 +105,26 @@ class Parallel(Section):
 class Checkpoint(Section):
     """How often a training stage saves, and how many saves it keeps."""
 
-    every: Positive = 100
+    every: Positive | Literal["auto"] = 100  # steps between saves on disk; auto: from what a step and a save take here
     keep: Positive = 3
+    keep_every: Positive | None = None  # saves of every so many steps are kept for ever
+    memory_every: Natural = 10  # steps between snapshots in memory, which outlive a process; 0: none
+    remote: str | None = None  # fsspec URL of a folder that the saves on disk are copied to
+
+
+class Supervision(Section):
+    """What the launch does about a stage that does not get on: limits are seconds without a sign of life."""
+
+    start_s: PositiveFloat = 180
+    load_s: PositiveFloat = 900
+    step_s: PositiveFloat = 300
+    save_s: PositiveFloat = 600
+    grace_s: PositiveFloat = 30  # from SIGTERM to SIGKILL: what the last save may take
+    stalled_restarts: Natural = 3  # restarts in a row that bring nothing before the stage is given up
+    straggler: Annotated[float, Field(gt=1)] = 1.5  # a rank that takes so many times the others' median is named
+    bad_steps: Literal["stop", "replay", "skip"] = "stop"  # a loss or weight that is not finite, or a loss spike
+    spike: Annotated[float, Field(gt=1)] | None = None  # a loss of so many times the median of the last spike_window
+    spike_window: Positive = 50
 
 
 class Log(Section):
@@ -247,6 +267,7 @@ class TrainStage(StageConfig):
     optim: Optim
     parallel: Parallel
     checkpoint: Checkpoint = Checkpoint()
+    supervision: Supervision = Supervision()
     log: Log = Log()
 
     @model_validator(mode="after")
