@@ -170,14 +170,20 @@ class DiT(nn.Module):
         """
         self.init_buffers()
         for name, parameter in self.named_parameters():
-            value = torch.zeros(parameter.shape, device="cpu")
-            if name.startswith(("time_embed", "class_embed")) and name.endswith("weight"):
-                nn.init.normal_(value, std=0.02, generator=generator)
-            elif name.endswith("weight") and "modulation" not in name and name != "final.proj.weight":
-                nn.init.xavier_uniform_(value, generator=generator)
+            value = self.initial_value(name, tuple(parameter.shape), generator)
             if isinstance(parameter, DTensor):
                 value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
             parameter.copy_(value)
+
+    @staticmethod
+    def initial_value(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """What `init_weights` puts into one parameter, whole, on the CPU, asked for in the order of the parameters."""
+        value = torch.zeros(shape, device="cpu")
+        if name.startswith(("time_embed", "class_embed")) and name.endswith("weight"):
+            nn.init.normal_(value, std=0.02, generator=generator)
+        elif name.endswith("weight") and "modulation" not in name and name != "final.proj.weight":
+            nn.init.xavier_uniform_(value, generator=generator)
+        return value
 
     def forward_flops(self, batch: int = 1) -> int:
         """Floating-point operations of one forward of `batch` records, a multiply-add as two; matrix products only."""

@@ -22,7 +22,8 @@ EPILOG = """examples:
 On several nodes start it once a node, with the run folder on a shared disk, MASTER_ADDR naming the first node and
 NODE_RANK counting from 0 (under Slurm both are found). Ctrl-C saves and stops; twice stops at once.
 
-exit status: 0 done, 1 a stage failed or a figure missed its target, 2 something for you to mend, 130 or 143 stopped
+exit status: 0 done, 1 a figure missed its target or another node's launch is gone, 2 something for you to mend,
+3 given up after crashes, 4 after hangs, 5 after bad steps (each: restarts brought nothing), 130 or 143 stopped
 """
 
 

@@ -4,7 +4,8 @@
     torchrun --nproc-per-node 2 -m train configs/digits/40_finetune_dp.yaml --run-dir runs/x
     deepspeed --num_gpus 8 --module train configs/digits/40_finetune_dp.yaml --run-dir runs/x
 
-Exit status: 0 done; 2 a bad configuration, input or budget, told on the last line; 75 told to stop, saved, can go on.
+Exit status: 0 done; 2 a bad configuration, input or budget, told on the last line; 75 told to stop, saved, can go on;
+76 a bad step (a loss or weight that is not finite, or a loss spike): go on from the newest save.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import traceback
 from pathlib import Path
 
 from train import check_packages
+from train.heartbeat import install
 from train.processes import follow_supervisor
 from train.run_folder import RunFolder
-from train.supervisor import EXIT_PREEMPTED, EXIT_USER_ERROR
+from train.supervisor import EXIT_BAD_STEP, EXIT_PREEMPTED, EXIT_USER_ERROR
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -39,6 +41,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     arguments = parse_arguments()
     follow_supervisor()
+    heartbeat = install()
+    status = 0
     try:
         check_packages()
         from train.recipe import load_stage
@@ -46,19 +50,21 @@ def main() -> int:
 
         recipe = arguments.stage.resolve().parent.name
         run = RunFolder.open(arguments.run_dir or Path("runs") / recipe, recipe)
-        run_stage(load_stage(arguments.stage, arguments.set), run, arguments.fencing_epoch)
+        run_stage(load_stage(arguments.stage, arguments.set), run, arguments.fencing_epoch, heartbeat)
     except Exception as error:
-        return _exit_status(error)
-    return 0
+        status = _exit_status(error)
+    heartbeat.exiting(status)
+    return status
 
 
 def _exit_status(error: Exception) -> int:
     """Say what happened, shortly where the user can mend it, and classify it for the supervisor."""
+    from train.health import BadStep
     from train.loop import Preempted
 
-    if isinstance(error, Preempted):
+    if isinstance(error, Preempted | BadStep):
         print(error, flush=True)
-        return EXIT_PREEMPTED
+        return EXIT_PREEMPTED if isinstance(error, Preempted) else EXIT_BAD_STEP
     if isinstance(error, ValueError):  # what we raise for the user; everything else is a failure worth a restart
         if os.environ.get("SFUMATO_TRACEBACK"):
             traceback.print_exc()

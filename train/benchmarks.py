@@ -6,6 +6,7 @@ side by side drifts together. What privacy costs is in `train.benchmarks_privacy
 
 from __future__ import annotations
 
+import itertools
 import logging
 import statistics
 import tempfile
@@ -16,8 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from checkpointing.sharded import Chunk, latest, save
-from checkpointing.store import newest_whole
+from checkpointing.sharded import Chunk, latest, save_now
+from checkpointing.store import LocalPlace, SaveId, newest_whole
 from models.dit import DiT, DiTConfig
 from models.flow import Objective
 from privacy.pii.patterns import detect
@@ -87,6 +88,7 @@ def checkpoint(size_bytes: int = 1 << 28) -> list[Row]:
     data = torch.randn(size_bytes // 4)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        place, sequence = LocalPlace(folder / "ours"), itertools.count(1)
         chunk = Chunk("param", "weight", 0, (len(data),), data)
 
         def rival() -> None:
@@ -94,11 +96,11 @@ def checkpoint(size_bytes: int = 1 << 28) -> list[Row]:
                 torch.save(data, file)
                 file.flush()
 
-        works = {"ours": lambda: save(folder / "ours", 1, [chunk], {}), "torch": rival}
+        works = {"ours": lambda: save_now(place, SaveId(1, next(sequence), 1), [chunk], {}), "torch": rival}
         for work in works.values():
             work()
         saved = ratio(interleaved(works, rounds=3), "ours", "torch")
-        verified = seconds(lambda: newest_whole(folder / "ours"))
+        verified = seconds(lambda: newest_whole(place))
         found = latest(folder / "ours")
         assert found is not None
         read = seconds(lambda: found.read("param", "weight"))

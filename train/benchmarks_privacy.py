@@ -36,6 +36,7 @@ from train.benchmarks import Work, fixed_losses, initialised, interleaved, one_p
 from train.config import OPERATIONAL, DiTModel, FinetuneStage, Optim, Parallel, PretrainStage, Privacy, Train
 from train.data import Indices, Prefetcher, ShardDataset, public_batch
 from train.images import encode_png
+from train.health import Health
 from train.measurements import Row
 from train.optim import ExponentialMovingAverage
 from train.parallel import Backend
@@ -217,7 +218,8 @@ def _logical_steps(config: DiTModel, folder: Path) -> Iterator[dict[str, Work]]:
         _mechanism(private, folder / "ledger.jsonl", num_records) as mechanism,
     ):
         batches, numbers = Batches(private, config, backend.world), itertools.count()
-        public_step = PublicStep(public, Batches(public, config, backend.world), backend, average, prefetcher)
+        health = Health(public, folder, backend.world, None)
+        public_step = PublicStep(public, Batches(public, config, backend.world), backend, average, prefetcher, health)
         yield {
             "non_private": counting(public_step, itertools.count()),
             **{  # the engines take turns in one run: a mechanism's steps follow each other

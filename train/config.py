@@ -321,6 +321,11 @@ class FinetuneStage(TrainStage):
                 f"train.max_grad_norm is {self.train.max_grad_norm:g} in a private stage, which clips each record by "
                 "privacy.max_grad_norm and never the noised sum: set train.max_grad_norm to null"
             )
+        if self.supervision.bad_steps == "skip":
+            raise ValueError(
+                "supervision.bad_steps is skip in a private stage, whose every attempt draws other records anyway: "
+                "set it to replay or stop"
+            )
         if self.privacy.clipping == "kept_gradients" and self.parallel.backend == "zero3":
             raise ValueError(
                 "privacy.clipping is kept_gradients under parallel.backend zero3, which releases each weight after one "

@@ -6,11 +6,12 @@ import argparse
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -33,9 +34,13 @@ from train.launchers import (
 from train.measurements import all_met
 from train.plan import plan
 from train.recipe import Recipe, load_recipe
+from train.rendezvous import ManyNodes, Meeting, NodeLost, OneNode, Rendezvous, Team
 from train.report import print_plan, print_summary, write_summary
 from train.run_folder import RunFolder, RunFolderError
-from train.supervisor import Outcome, RestartPolicy, StopRequest, run_stage, stop_on_signals
+from train.supervisor import Outcome, Reason, RestartPolicy, StopRequest, run_stage, stop_on_signals
+
+# What the launch ends with where restarts brought a stage no further.
+GAVE_UP: dict[Reason, int] = {"": 1, "crash": 3, "hang": 4, "bad steps": 5}
 
 
 def launch(arguments: argparse.Namespace) -> int:
@@ -67,24 +72,49 @@ class _Run:
     def __init__(self, recipe: Recipe, run: RunFolder, placement: Placement, console: Console) -> None:
         self.recipe, self.run, self.placement, self.console = recipe, run, placement, console
         self.leads = placement.node_rank == 0
+        self.meeting: Meeting | None = None
 
     def run_all(self, stages: Sequence[StageConfig]) -> int:
         """Run `stages` in order and return the exit status."""
         done = {stage.name for stage in self.recipe.stages if self.run.finished(stage)}  # refuses before anything runs
-        with stop_on_signals() as stop:
+        with stop_on_signals() as stop, self._meeting(stages):
             for stage in stages:
                 if stage.name in done:
                     self.console.print(f"{stage.name}: finished before, skipped", highlight=False)
                     continue
                 if stop.requested:
                     return self._stopped(stage, stop)
-                outcome = self._run(stage, stop)
+                try:
+                    outcome = self._run(stage, stop)
+                except NodeLost as error:
+                    print(f"error: stage {stage.name} ended: {error}", file=sys.stderr)
+                    return 1
                 if outcome is None or outcome.status == "interrupted":
                     return self._stopped(stage, stop)
                 if outcome.status != "finished":
                     return self._gave_up(outcome)
                 self.console.print(f"{stage.name}: done in {outcome.seconds:.1f} s", highlight=False)
         return self._report() if self.leads else 0
+
+    @contextmanager
+    def _meeting(self, stages: Sequence[StageConfig]) -> Iterator[None]:
+        """Where the launches of several nodes agree, for as long as this one runs."""
+        if self.placement.nnodes == 1:
+            yield
+            return
+        assert self.placement.port is not None
+        wait_s = max((stage.supervision.start_s for stage in stages if isinstance(stage, TrainStage)), default=60)
+        self.meeting = Meeting(
+            self.placement.address,
+            self.placement.port,
+            nnodes=self.placement.nnodes,
+            node_rank=self.placement.node_rank,
+            wait_s=wait_s,
+        )
+        try:
+            yield
+        finally:
+            self.meeting.close()
 
     def _run(self, stage: StageConfig, stop: StopRequest) -> Outcome | None:
         """Run one stage to its end; None where this node was told to stop while it waited for the first."""
@@ -102,19 +132,51 @@ class _Run:
             return run_stage(
                 stage.name,
                 self.run.stage_folder(stage.name),
-                lambda: self._command(stage),
+                lambda team: self._command(stage, team),
                 env=stage_environment(stage, os.environ, cuda=torch.cuda.is_available()),
                 watcher=display,
                 stop=stop,
-                policy=RestartPolicy(manifest_wait_s=0 if self.leads else 60),
+                policy=self._policy(stage),
+                rendezvous=self._rendezvous(stage, display),
+                devices=_devices,
                 log_name="log" if self.leads else f"log-node-{self.placement.node_rank}",
             )
 
-    def _command(self, stage: StageConfig) -> list[str]:
-        # On several nodes each launch would count for itself: rank 0 takes the epoch there.
-        epoch = self.run.next_fencing_epoch(self.run.ledger_path(stage)) if self.placement.nnodes == 1 else None
+    def _policy(self, stage: StageConfig) -> RestartPolicy:
+        manifest_wait_s = 0 if self.leads else 60
+        if not isinstance(stage, TrainStage):
+            return RestartPolicy(manifest_wait_s=manifest_wait_s)
+        limits = stage.supervision
+        return RestartPolicy(
+            stalled_restarts=limits.stalled_restarts,
+            grace_s=limits.grace_s,
+            manifest_wait_s=manifest_wait_s,
+            nproc=stage.parallel.nproc,
+            min_ranks=stage.parallel.min_ranks,
+            limits={
+                "start": limits.start_s,
+                "load": limits.load_s,
+                "step": limits.step_s,
+                "save": limits.save_s,
+                "evaluate": limits.load_s,
+                "finish": limits.save_s,
+            },
+            straggler=limits.straggler,
+        )
+
+    def _rendezvous(self, stage: StageConfig, display: StageDisplay) -> Rendezvous:
+        def epoch() -> int:
+            return self.run.next_fencing_epoch(self.run.ledger_path(stage))
+
+        if self.meeting is None or not isinstance(stage, TrainStage):
+            together = isinstance(stage, TrainStage) and stage.parallel.backend != "single"
+            return OneNode(epoch, together=together and self.placement.launcher == "torchrun")
+        return ManyNodes(self.meeting, stage.name, epoch, display.say, first_wait_s=stage.supervision.start_s)
+
+    def _command(self, stage: StageConfig, team: Team) -> list[str]:
         path, overrides = self.recipe.paths[stage.name], self.recipe.overrides[stage.name]
-        return stage_command(stage, self.placement, worker_arguments(path, self.run.path, overrides, epoch))
+        worker = worker_arguments(path, self.run.path, overrides, team.epoch)
+        return stage_command(stage, self.placement, worker, team)
 
     def _make_key(self, stage: FinetuneStage) -> None:
         """Make the run's own secret key, unless one is given, or there is one, or something it was used for."""
@@ -136,17 +198,25 @@ class _Run:
             markup=False,
             soft_wrap=True,
         )
-        return 128 + stop.signals[0]
+        return 128 + (
+            stop.signals[0] if stop.signals else signal.SIGTERM
+        )  # by another node's signal, where by none here
 
     def _gave_up(self, outcome: Outcome) -> int:
-        print(f"error: stage {outcome.stage} {outcome.status}: {outcome.message}", file=sys.stderr)
-        return 2 if outcome.status == "refused" else 1
+        gave_up = f", given up ({outcome.reason})" if outcome.reason else ""
+        print(f"error: stage {outcome.stage} {outcome.status}{gave_up}: {outcome.message}", file=sys.stderr)
+        return 2 if outcome.status == "refused" else GAVE_UP[outcome.reason]
 
     def _report(self) -> int:
         print_summary(self.console, self.run, self.recipe.stages)
         rows = write_summary(self.run, self.recipe.stages)
         self.console.print(f"figures: {self.run.path / 'summary.json'}", highlight=False)
         return 0 if all_met(rows) else 1
+
+
+def _devices() -> int | None:
+    """GPUs that this node has now; None where it trains on its cores, however many ranks there are."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else None
 
 
 def _selected(recipe: Recipe, arguments: argparse.Namespace) -> list[StageConfig]:

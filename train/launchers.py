@@ -13,6 +13,7 @@ from typing import Literal
 
 from train import ROOT
 from train.config import StageConfig, TrainStage
+from train.rendezvous import Team
 
 LauncherName = Literal["torchrun", "deepspeed", "slurm"]
 DEFAULT_PORT = 29500
@@ -43,11 +44,16 @@ def worker_arguments(path: Path, run_dir: Path, overrides: Sequence[str], fencin
     return arguments
 
 
-def stage_command(config: StageConfig, placement: Placement, worker: Sequence[str]) -> list[str]:
-    """The command line that runs `python -m train` with the arguments `worker` on every process of the stage."""
+def stage_command(
+    config: StageConfig, placement: Placement, worker: Sequence[str], team: Team | None = None
+) -> list[str]:
+    """The command line that runs `python -m train` with the arguments `worker` on every process of the stage.
+
+    With `team` the ranks meet where the launch says, and there are as many as it says; without, as by hand.
+    """
     if not isinstance(config, TrainStage) or config.parallel.backend == "single":
         return [sys.executable, "-m", "train", *worker]
-    nproc = str(config.parallel.nproc)
+    nproc = str(config.parallel.nproc if team is None else team.nproc)
     if placement.launcher == "deepspeed":
         if placement.nnodes > 1:
             raise LaunchError(
@@ -56,6 +62,8 @@ def stage_command(config: StageConfig, placement: Placement, worker: Sequence[st
         port = placement.port or free_port()
         deepspeed = str(Path(sys.executable).with_name("deepspeed"))
         return [deepspeed, "--num_accelerators", nproc, "--master_port", str(port), "--module", "train", *worker]
+    if team is not None:
+        return [*agent_command(team, config.name, config.supervision.start_s), "-m", "train", *worker]
     torchrun = [sys.executable, "-m", "train.torchrun"]
     if placement.nnodes == 1 and placement.port is None:
         torchrun += ["--standalone"]
@@ -64,6 +72,15 @@ def stage_command(config: StageConfig, placement: Placement, worker: Sequence[st
         torchrun += ["--nnodes", str(placement.nnodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint]
         torchrun += ["--rdzv-id", f"sfumato-{config.name}"]
     return [*torchrun, "--nproc-per-node", nproc, "--max-restarts", "0", "-m", "train", *worker]
+
+
+def agent_command(team: Team, name: str, timeout_s: float) -> list[str]:
+    """torchrun for this node's ranks of `team`, up to what they run; it gives up on the others after `timeout_s`."""
+    torchrun = [sys.executable, "-m", "train.torchrun", "--nnodes", str(team.nnodes)]
+    torchrun += ["--rdzv-backend", "launch", "--rdzv-endpoint", f"{team.address}:{team.port}"]
+    torchrun += ["--rdzv-conf", f"node_rank={team.node_rank},timeout={timeout_s:.0f}"]
+    torchrun += ["--rdzv-id", f"sfumato-{name}-{team.generation}", "--monitor-interval", "0.1"]
+    return [*torchrun, "--nproc-per-node", str(team.nproc), "--max-restarts", "0"]
 
 
 def stage_environment(config: StageConfig, base: Mapping[str, str], *, cuda: bool) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -13,23 +14,28 @@ from typing import Any
 import torch
 
 from checkpointing.failpoints import failpoint
-from checkpointing.sharded import Checkpoint, Chunk, Kind, latest, save
-from checkpointing.store import prune
+from checkpointing.sharded import Checkpoint, latest
+from checkpointing.store import open_place
 from models.dit import DiT, DiTConfig
 from privacy.clipping import Clipper
 from privacy.mechanism import Mechanism
 from train.config import FinetuneStage, TrainStage
 from train.data import Indices, Prefetcher, ShardDataset, public_batch
 from train.hardware import find_hardware
+from train.health import Health
+from train.heartbeat import Heartbeat
 from train.metrics import MetricsLogger, Throughput, plot_curves, read_metrics
 from train.optim import ExponentialMovingAverage
-from train.parallel import Backend, Shard, World, shard_model
+from train.parallel import Backend, World, build_model
 from train.private import clipping_state, open_mechanism, stage_clipper
 from train.progress import Progress
 from train.run_folder import RunFolder
+from train.saves import CHECKPOINTS, Saves
+from train.state import initialise, load_weights, restore
 from train.step import Batches, PrivateStep, PublicStep, StepReport
+from train.timeline import Timeline
 
-CHECKPOINTS = "checkpoints"
+_TIMELINE_S = 2.0  # between two lines on steps done
 
 
 class Preempted(Exception):
@@ -77,63 +83,84 @@ def open_split(run: RunFolder, stage: TrainStage) -> ShardDataset:
     return dataset
 
 
-def train(stage: TrainStage, run: RunFolder, world: World, fencing_epoch: int) -> Trained:
-    """Run `stage` to its last step, from its newest whole checkpoint where it has one.
+def train(stage: TrainStage, run: RunFolder, world: World, fencing_epoch: int, heartbeat: Heartbeat) -> Trained:
+    """Run `stage` to its last step, from its newest whole save where it has one, in memory or on a disk.
 
-    Raises Preempted after SIGTERM or SIGINT, with the state saved.
+    Raises Preempted after SIGTERM or SIGINT, with the state saved, and BadStep where the stage must go back to a save.
     """
     with ExitStack() as stack:
         stop = stack.enter_context(_stop_on_signal())
+        heartbeat.section("load")
         folder = run.stage_folder(stage.name)
+        timeline = Timeline(folder, enabled=world.rank == 0)
+        timeline.event("joined")
         dataset = open_split(run, stage)
         config = architecture(run, stage)
         _require_classes(dataset, config)
-        checkpoint = _newest(folder / CHECKPOINTS, world)
-        if checkpoint is not None:
-            _require_same_config(checkpoint, stage)
-        mechanism = None
-        if isinstance(stage, FinetuneStage):
-            mechanism = stack.enter_context(open_mechanism(stage, run, world, dataset, fencing_epoch, checkpoint))
-        model = DiT(config)
-        _load_weights(model, stage, run, checkpoint)
-        backend = shard_model(
-            model,
+        backend = build_model(
+            lambda: DiT(config),
             world,
             stage.parallel,
             stage.optim,
             microbatch_size=stage.train.microbatch_size,
             # A private stage computes in bf16 on fp32 weights, so that clipped gradients are summed in fp32 throughout.
-            bf16=stage.train.precision == "bf16" and mechanism is None,
+            bf16=stage.train.precision == "bf16" and not isinstance(stage, FinetuneStage),
             max_grad_norm=stage.train.max_grad_norm,
         )
         average = ExponentialMovingAverage(backend, stage.optim.ema_decay)
-        first = 0
+        saves = Saves(stage, run, backend, average, fencing_epoch, timeline)
+        checkpoint = saves.recover()
         if checkpoint is not None:
-            first = checkpoint.step
-            _restore(checkpoint, backend, average)
+            _require_same_config(checkpoint, stage)
+        mechanism = None
+        if isinstance(stage, FinetuneStage):
+            mechanism = stack.enter_context(open_mechanism(stage, run, world, dataset, fencing_epoch, checkpoint))
+        first = _fill(backend, average, stage, run, checkpoint)
+        health = Health(stage, folder, world, None if checkpoint is None else checkpoint.state)
         batches = Batches(stage, config, world)
         clipper = None
         if mechanism is None:
             prefetcher = stack.enter_context(_prefetcher(stage, dataset, batches))
-            step_once = PublicStep(stage, batches, backend, average, prefetcher)
+            step_once = PublicStep(stage, batches, backend, average, prefetcher, health)
         else:
             assert isinstance(stage, FinetuneStage)
             clipper = stage_clipper(stage, config, backend, checkpoint)
             step_once = PrivateStep(stage, batches, backend, average, clipper, mechanism, dataset)
-
-        log = stack.enter_context(_Log(stage, folder, world, model, first, mechanism))
-        saved = checkpoint.folder if checkpoint is not None else None
-        for step in range(first, stage.train.steps):
-            log.step(step, step_once(step))
+        stack.enter_context(saves.open())
+        model: DiT = backend.module  # type: ignore[assignment]
+        log = stack.enter_context(_Log(stage, folder, world, model, first, mechanism, timeline))
+        timeline.event("loaded", step=first, tier=checkpoint.where if checkpoint else None,
+                       save=checkpoint.save.name if checkpoint else None)  # fmt: skip
+        heartbeat.section("step")
+        last = stage.train.steps
+        if checkpoint is not None and first == last and checkpoint.where != "disk":  # it ended before the disk had it
+            saves.take(last, _state(stage, backend, mechanism, clipper, health), durable=True)
+        for step in range(first, last):
+            if health.skips(step):
+                log.skipped(step)
+            else:
+                report = step_once(step)
+                if mechanism is not None:
+                    health.judge_loss(step, report.loss)
+                log.step(step, report)
             done = step + 1
+            heartbeat.beat(done)
             stopping = world.any(stop.is_set())
-            if done % stage.checkpoint.every == 0 or done == stage.train.steps or stopping:
-                saved = _save(folder / CHECKPOINTS, done, stage, backend, average, mechanism, clipper)
+            durable = saves.due(done) or done == last or stopping
+            health.judge_weights(step, backend, saving=durable or saves.due_in_memory(done))
+            if durable or saves.due_in_memory(done):
+                with heartbeat.section("save"):
+                    saves.take(done, _state(stage, backend, mechanism, clipper, health), durable=durable)
                 failpoint("checkpoint.saved", step=done)
-            if stopping and done < stage.train.steps:
-                raise Preempted(f"stage {stage.name} was told to stop: step {done} of {stage.train.steps} is saved")
-        assert saved is not None
-        metrics = log.summary()
+            if stopping and done < last:
+                with heartbeat.section("save"):
+                    saves.finish()
+                timeline.event("stopped", step=done, why="signal")
+                raise Preempted(f"stage {stage.name} was told to stop: step {done} of {last} is saved")
+        with heartbeat.section("save"):
+            saved = saves.finish()
+        heartbeat.section("finish")
+        metrics = log.summary() | {"skipped_steps": health.skipped, "saves": saves.report()}
         if mechanism is None:
             return Trained(saved, metrics, None)
         return Trained(saved, metrics | mechanism.summary(), _within(run, mechanism.statement()))
@@ -148,17 +175,7 @@ def _within(run: RunFolder, statement: dict[str, Any] | None) -> dict[str, Any] 
 
 def load_average(run: RunFolder, stage_name: str) -> tuple[DiTConfig, dict[str, torch.Tensor], Path]:
     """A finished training stage's architecture, its EMA weights (fp32, CPU), and the checkpoint they come from."""
-    manifest = run.read_manifest(stage_name)
-    if manifest is None:
-        raise ValueError(f"stage {stage_name} is not finished: run it first")
-    checkpoint = latest(run.path / stage_name / CHECKPOINTS)
-    steps = manifest["metrics"]["steps"]
-    if checkpoint is None or checkpoint.step != steps:
-        found = "none" if checkpoint is None else f"step {checkpoint.step}"
-        raise ValueError(
-            f"stage {stage_name} finished at step {steps}, but the newest whole checkpoint in its folder is {found}: "
-            f"restore it from a copy, or remove {run.manifest_path(stage_name)} and run the stage again"
-        )
+    checkpoint = _finished_checkpoint(run, stage_name, None)
     weights = {
         name: checkpoint.read("ema", name).view(shape)
         for (kind, name), shape in checkpoint.tensors().items()
@@ -167,14 +184,43 @@ def load_average(run: RunFolder, stage_name: str) -> tuple[DiTConfig, dict[str, 
     return DiTConfig(**checkpoint.state["model"]), weights, checkpoint.folder
 
 
+def _finished_checkpoint(run: RunFolder, stage_name: str, world: World | None) -> Checkpoint:
+    """The last save of a finished training stage, every byte verified: by rank 0 for all where there is a world."""
+    manifest = run.read_manifest(stage_name)
+    if manifest is None:
+        raise ValueError(f"stage {stage_name} is not finished: run it first")
+    root = run.path / stage_name / CHECKPOINTS
+    checkpoint = latest(root) if world is None or world.rank == 0 else None
+    if world is not None:
+        save = world.broadcast(None if checkpoint is None else checkpoint.save)
+        if save is not None and checkpoint is None:
+            checkpoint = Checkpoint.open(open_place(root), save)
+    steps = manifest["metrics"]["steps"]
+    if checkpoint is None or checkpoint.step != steps:
+        found = "none" if checkpoint is None else f"step {checkpoint.step}"
+        raise ValueError(
+            f"stage {stage_name} finished at step {steps}, but the newest whole checkpoint in its folder is {found}: "
+            f"restore it from a copy, or remove {run.manifest_path(stage_name)} and run the stage again"
+        )
+    return checkpoint
+
+
 class _Log:
     """What a training stage tells, on rank 0: progress on every step, metrics on some, curves at the end."""
 
     def __init__(
-        self, stage: TrainStage, folder: Path, world: World, model: DiT, first: int, mechanism: Mechanism | None
+        self,
+        stage: TrainStage,
+        folder: Path,
+        world: World,
+        model: DiT,
+        first: int,
+        mechanism: Mechanism | None,
+        timeline: Timeline,
     ) -> None:
         self.stage, self.folder, self.mechanism, self.last = stage, folder, mechanism, stage.train.steps
-        self.progress = Progress(folder)
+        self.progress, self.timeline = Progress(folder), timeline
+        self.told, self.told_at = first, time.monotonic()  # up to which step, and when, the timeline was told
         hardware = find_hardware(stage.parallel.hardware, _device_name(world))
         peak = getattr(hardware.peak_flops, stage.train.precision) if hardware else None
         self.throughput = Throughput(model.forward_flops(), peak * world.size if peak else None)
@@ -198,6 +244,12 @@ class _Log:
         if self.metrics is not None:
             self.metrics.close()
 
+    def skipped(self, step: int) -> None:
+        """Tell of a step that was left out."""
+        if self.metrics is not None:
+            self.metrics.log(step, skipped=True)
+            self._tell(step + 1)
+
     def step(self, step: int, values: StepReport) -> None:
         """Tell of a step that is done."""
         if self.metrics is None:
@@ -210,6 +262,13 @@ class _Log:
             self.metrics.log(step, loss=values.loss, **epsilon, **self.throughput.read())
             text += "".join(f"  epsilon {value:.3f}" for value in epsilon.values())
         self.progress(done, self.last, text)
+        self._tell(done)
+
+    def _tell(self, done: int) -> None:
+        now = time.monotonic()
+        if now - self.told_at >= _TIMELINE_S or done == self.last:
+            self.timeline.event("steps", first=self.told, last=done, seconds=round(now - self.told_at, 3))
+            self.told, self.told_at = done, now
 
     def summary(self) -> dict[str, Any]:
         """The stage's figures for its manifest; draws the curves."""
@@ -259,60 +318,35 @@ def _device_name(world: World) -> str | None:
     return torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else None
 
 
-def _newest(root: Path, world: World) -> Checkpoint | None:
-    """The newest whole checkpoint: rank 0 verifies every byte, the others open what it found."""
-    found = latest(root) if world.rank == 0 else None
-    folder = world.broadcast(None if found is None else found.folder)
-    return None if folder is None else found or Checkpoint.open(folder)
-
-
-def _load_weights(model: DiT, stage: TrainStage, run: RunFolder, checkpoint: Checkpoint | None) -> None:
-    if checkpoint is not None:
-        weights = {name: checkpoint.read("param", name).view(p.shape) for name, p in model.named_parameters()}
-    elif stage.init_from is not None:
-        _, weights, _ = load_average(run, stage.init_from)
-    else:
-        model.init_weights(torch.Generator().manual_seed(stage.train.seed))
-        return
-    model.load_state_dict(weights, strict=True)
-
-
-def _restore(checkpoint: Checkpoint, backend: Backend, average: ExponentialMovingAverage) -> None:
-    backend.restore_optimizer(num_updates=checkpoint.step)
-    for kind, shard, state in backend.optimizer_tensors():
-        state.copy_(checkpoint.read(kind, shard.name, shard.offset, shard.numel))
-    for shard, value in average.averages:
-        value.copy_(checkpoint.read("ema", shard.name, shard.offset, shard.numel))
-
-
-def _save(
-    root: Path,
-    step: int,
-    stage: TrainStage,
+def _fill(
     backend: Backend,
     average: ExponentialMovingAverage,
-    mechanism: Mechanism | None,
-    clipper: Clipper | None,
-) -> Path:
-    world = backend.world
-    tensors: list[tuple[Kind, Shard, torch.Tensor]] = [
-        *(("param", shard, shard.value) for shard in backend.shards),
-        *backend.optimizer_tensors(),
-        *(("ema", shard, value) for shard, value in average.averages),
-    ]
-    chunks = []
-    for kind, shard, tensor in tensors:
-        start, stop = backend.stored_range(shard)
-        data = tensor[start:stop].detach().to("cpu", torch.float32).contiguous()
-        chunks.append(Chunk(kind, shard.name, shard.offset + start, shard.shape, data))
-    state = {
+    stage: TrainStage,
+    run: RunFolder,
+    checkpoint: Checkpoint | None,
+) -> int:
+    """Give the model its state: of the save to go on from, of the stage to start from, or new. Returns the next step."""
+    if checkpoint is not None:
+        restore(checkpoint, backend, average)
+        return checkpoint.step
+    if stage.init_from is None:
+        initialise(backend, stage.train.seed)
+    else:
+        load_weights(_finished_checkpoint(run, stage.init_from, backend.world), backend)
+    average.restart()
+    return 0
+
+
+def _state(
+    stage: TrainStage, backend: Backend, mechanism: Mechanism | None, clipper: Clipper | None, health: Health
+) -> dict[str, Any]:
+    """What a save holds beside tensors: the same on every rank, for any rank's copy may be the one that is left."""
+    return {
         "stage": stage.name,
         "config_sha256": stage.sha256(),
         "model": backend.module.config.model_dump(),  # type: ignore[union-attr]
-        "ledger_head": None if mechanism is None else mechanism.head,
+        "num_updates": backend.num_updates,
+        "ledger_head": None if mechanism is None else backend.world.broadcast(mechanism.head),
         **clipping_state(clipper),
+        **health.state(),
     }
-    folder = save(root, step, chunks, state, rank=world.rank, world_size=world.size, gather=world.gather)
-    if world.rank == 0:
-        prune(root, stage.checkpoint.keep)
-    return folder

@@ -31,6 +31,12 @@ class ExponentialMovingAverage:
         self.averages: list[tuple[Shard, Tensor]] = [(shard, shard.value.clone()) for shard in backend.shards]
 
     @torch.no_grad()
+    def restart(self) -> None:
+        """Begin with the weights as they are now."""
+        for shard, average in self.averages:
+            average.copy_(shard.value)
+
+    @torch.no_grad()
     def update(self, num_updates: int) -> None:
         """Take in the weights after update `num_updates` (from 1); early averages forget faster."""
         decay = min(self.decay, num_updates / (num_updates + 10.0))

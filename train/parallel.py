@@ -51,6 +51,12 @@ class World:
         dist.all_reduce(values)
         return values
 
+    def min(self, values: list[float]) -> list[float]:
+        """The least of every rank's values, place by place."""
+        least = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(least, op=dist.ReduceOp.MIN)
+        return least.tolist()
+
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true on any rank."""
         value = torch.tensor([float(flag)], device=self.device)
@@ -116,12 +122,15 @@ class Backend:
     def __init__(self, module: nn.Module, world: World, optim: Optim, max_grad_norm: float | None) -> None:
         self.module, self.world, self.max_grad_norm = module, world, max_grad_norm
         self.names = {parameter: name for name, parameter in module.named_parameters() if parameter.requires_grad}
-        self.shapes = {name: tuple(parameter.shape) for parameter, name in self.names.items()}
+        self.shapes = {name: _whole_shape(parameter) for parameter, name in self.names.items()}
+        self.num_updates = 0  # that AdamW has made, those before a resume among them
+        self.before_update: Callable[[], None] | None = None  # called before anything of the state changes
         self._transform: Transform | None = None
         self._updated = False
         self._wrap(partial(_adamw, optim))
         self.optimizer.register_step_pre_hook(self._before_adamw)
         self.shards = [shard for shard in self._list_shards() if shard.numel]
+        self._make_optimizer_states()
 
     # What a backend decides for itself.
     def _wrap(self, make_optimizer: Callable[[Any], torch.optim.AdamW]) -> None:
@@ -153,7 +162,12 @@ class Backend:
 
     # What all backends share.
     def update(self, learning_rate: float, transform: Transform | None = None) -> None:
-        """One AdamW step on the accumulated gradients. `transform(shard, gradient)` may first change each in place."""
+        """One AdamW step on the accumulated gradients. `transform(shard, gradient)` may first change each in place.
+
+        Guarantee: no parameter and no state of AdamW changes before `before_update` has returned, nor where it raises.
+        """
+        if self.before_update is not None:
+            self.before_update()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self._transform, self._updated = transform, False
@@ -163,6 +177,7 @@ class Backend:
             self._transform = None
         if not self._updated:
             raise RuntimeError("the engine skipped the step, as DeepSpeed does where a gradient is not finite")
+        self.num_updates += 1
 
     def _before_adamw(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._updated = True
@@ -191,21 +206,31 @@ class Backend:
             yield "exp_avg_sq", shard, shard.of(state["exp_avg_sq"])
 
     def restore_optimizer(self, num_updates: int) -> None:
-        """Give AdamW zeroed states that have seen `num_updates` updates, to be filled through `optimizer_tensors`."""
+        """Have AdamW go on from `num_updates` updates, with the states that `optimizer_tensors` are filled with."""
+        self.num_updates = num_updates
+        for state in self.optimizer.state.values():
+            state["step"].fill_(num_updates)
+
+    def _make_optimizer_states(self) -> None:
+        """AdamW's states as it would make them itself at its first step: there from the start, a save finds them."""
         for holder in {id(shard.holder): shard.holder for shard in self.shards}.values():
             zeros = partial(torch.zeros_like, holder, memory_format=torch.preserve_format)
             self.optimizer.state[holder] = {
-                "step": torch.tensor(float(num_updates)),
+                "step": torch.tensor(0.0),
                 "exp_avg": zeros().detach(),
                 "exp_avg_sq": zeros().detach(),
             }
+
+    def publish(self) -> None:
+        """Have the model compute with what was written into the shards' values. A collective: every rank calls it."""
 
 
 class DistributedDataParallel(Backend):
     """Every rank holds the whole model; gradients are summed by all-reduce."""
 
     def _wrap(self, make_optimizer: Callable[[Any], torch.optim.AdamW]) -> None:
-        self.model = nn.parallel.DistributedDataParallel(self.module)
+        # The weights are the same on every rank already, or are filled in later: there is nothing to broadcast.
+        self.model = nn.parallel.DistributedDataParallel(self.module, init_sync=False)
         self.model.register_comm_hook(None, _sum_gradients)
         self.optimizer = make_optimizer(self.module.parameters())
 
@@ -240,6 +265,8 @@ class FullySharded(Backend):
             if isinstance(part, FSDPModule):
                 part.set_gradient_divide_factor(1.0)
                 part.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+        if _on_meta(self.module):
+            self.module.to_empty(device=self.world.device)  # this rank's shards, and nothing else
         super()._wrap(make_optimizer)
         self.names = {parameter: name for name, parameter in self.module.named_parameters() if parameter.requires_grad}
 
@@ -268,31 +295,33 @@ class Zero(Backend):
         super().__init__(*args)
         self.loss_scale = float(self.world.size)
 
+    @staticmethod
+    def config(stage: int, microbatch_size: int, max_grad_norm: float | None) -> dict[str, Any]:
+        """DeepSpeed's configuration."""
+        clipping = max_grad_norm or 0.0  # DeepSpeed's default of 1.0 would clip the noised sum
+        return {
+            "train_micro_batch_size_per_gpu": microbatch_size,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": clipping,
+            "zero_allow_untested_optimizer": True,
+            "zero_optimization": {
+                "stage": stage,
+                # an invalid norm would make DeepSpeed skip the step in silence; ZeRO-3 insists on the norm
+                "compute_grad_norm": clipping > 0 or stage == 3,
+                # fixed order of reduction and of parameters: a resumed run repeats the sums bit by bit
+                "overlap_comm": False,
+                "stage3_param_persistence_threshold": 0,
+            },
+            "steps_per_print": 2**31,
+        }
+
     def _wrap(self, make_optimizer: Callable[[Any], torch.optim.AdamW]) -> None:
         import deepspeed
 
         os.environ.setdefault("LOCAL_RANK", "0")
         optimizer = make_optimizer(self.module.parameters())
-        clipping = self.max_grad_norm or 0.0  # DeepSpeed's default of 1.0 would clip the noised sum
-        engine, *_ = deepspeed.initialize(
-            model=self.module,
-            optimizer=optimizer,
-            config={
-                "train_micro_batch_size_per_gpu": self.microbatch_size,
-                "gradient_accumulation_steps": 1,
-                "gradient_clipping": clipping,
-                "zero_allow_untested_optimizer": True,
-                "zero_optimization": {
-                    "stage": self.stage,
-                    # an invalid norm would make DeepSpeed skip the step in silence; ZeRO-3 insists on the norm
-                    "compute_grad_norm": clipping > 0 or self.stage == 3,
-                    # fixed order of reduction and of parameters: a resumed run repeats the sums bit by bit
-                    "overlap_comm": False,
-                    "stage3_param_persistence_threshold": 0,
-                },
-                "steps_per_print": 2**31,
-            },
-        )
+        config = self.config(self.stage, self.microbatch_size, self.max_grad_norm)
+        engine, *_ = deepspeed.initialize(model=self.module, optimizer=optimizer, config=config)
         self.engine: Any = engine
         self.model, self.optimizer = self.engine, optimizer
 
@@ -312,6 +341,15 @@ class Zero(Backend):
     def _step(self) -> None:
         self.engine.step()
 
+    def publish(self) -> None:
+        # The model's own weights are copies of the fp32 partitions, which AdamW steps and the shards are views of.
+        zero = self.engine.optimizer
+        if self.stage < 3:
+            zero.update_lp_params()
+            return
+        for group in range(len(zero.fp32_partitioned_groups_flat)):
+            zero._reassign_or_swap_out_partitioned_parameters(group)
+
     def _list_shards(self) -> Iterator[Shard]:
         if self.stage == 3:
             zero = self.engine.optimizer
@@ -329,6 +367,37 @@ class Zero(Backend):
                 yield Shard(name, self.shapes[name], address.start, address.numel, holder, start)
 
 
+def build_model(
+    make: Callable[[], nn.Module],
+    world: World,
+    parallel: Parallel,
+    optim: Optim,
+    *,
+    microbatch_size: int,
+    bf16: bool,
+    max_grad_norm: float | None = None,
+) -> Backend:
+    """The model that `make` builds, under its backend, with room for its weights and nothing in it yet.
+
+    Fill it in through `train.state`: `initialise`, `load_weights` or `restore`. `make` must build on the meta device,
+    too, and its model must have `init_buffers`, `initial_value` and `blocks`, and train all its parameters.
+
+    Guarantee: under fsdp2 and zero3 no rank ever holds more of the weights than its own shards and one layer's.
+    """
+    if parallel.backend == "zero3":
+        module = _partitioned(make, Zero.config(3, microbatch_size, max_grad_norm))
+    else:
+        with torch.device("meta"):
+            module = make()
+    if frozen := [name for name, parameter in module.named_parameters() if not parameter.requires_grad]:
+        raise ValueError(f"{frozen[0]} does not train, so no checkpoint has it: build the model whole, by shard_model")
+    backend = shard_model(
+        module, world, parallel, optim, microbatch_size=microbatch_size, bf16=bf16, max_grad_norm=max_grad_norm
+    )
+    backend.module.init_buffers()  # type: ignore[operator]
+    return backend
+
+
 def shard_model(
     module: nn.Module,
     world: World,
@@ -340,7 +409,10 @@ def shard_model(
     max_grad_norm: float | None = None,
 ) -> Backend:
     """Put `module` (fp32, the same on every rank) under the backend that `parallel` names, with its AdamW."""
-    module.to(world.device)
+    if not _on_meta(module):
+        module.to(world.device)
+    elif parallel.backend != "fsdp2":  # which cuts the model up before there is any memory to it
+        module.to_empty(device=world.device)
     for block in module.blocks:  # type: ignore[union-attr]
         if parallel.activation_checkpointing:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
@@ -356,6 +428,26 @@ def shard_model(
     if parallel.backend == "fsdp2":
         return FullySharded(*arguments, bf16=bf16)
     return Zero(*arguments, stage=int(parallel.backend[-1]), microbatch_size=microbatch_size)
+
+
+def _partitioned(make: Callable[[], nn.Module], config: dict[str, Any]) -> nn.Module:
+    """`make()` with each layer cut up among the ranks as soon as it stands; what it initialised is arbitrary."""
+    import deepspeed
+
+    os.environ.setdefault("LOCAL_RANK", "0")
+    # Without DeepSpeed's replacements of torch.empty and its kin, which turn float64 buffers to fp32; its `dtype` stays
+    # unset, for where fp16 is not supported 0.19 reads any value of it as bf16.
+    with deepspeed.zero.Init(config_dict_or_path=config, tensor_overrides=()):
+        return make()
+
+
+def _on_meta(module: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in module.parameters())
+
+
+def _whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """The parameter's shape before it was cut up: under `zero.Init` it has none of its own left."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _adamw(optim: Optim, parameters: Any) -> torch.optim.AdamW:

@@ -6,17 +6,24 @@ import json
 import time
 from pathlib import Path
 
+from train.heartbeat import Heartbeat
+
 _INTERVAL_S = 0.2
 
 
 class Progress:
-    """Appends {"step", "steps", "text", "time"} to `progress.jsonl`, at most every fifth of a second and at the end."""
+    """Appends {"step", "steps", "text", "time"} to `progress.jsonl`, at most every fifth of a second and at the end.
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "progress.jsonl"
+    Each call is a sign of life.
+    """
+
+    def __init__(self, folder: Path, heartbeat: Heartbeat | None = None) -> None:
+        self.path, self.heartbeat = folder / "progress.jsonl", heartbeat
         self._last = 0.0
 
     def __call__(self, step: int, steps: int | None, text: str = "") -> None:
+        if self.heartbeat is not None:
+            self.heartbeat.beat()
         now = time.time()
         if now - self._last < _INTERVAL_S and step != steps:
             return

@@ -16,6 +16,7 @@ from train.config import StageConfig
 from train.measurements import Row, measurement
 from train.plan import StagePlan
 from train.run_folder import RunFolder, write_json
+from train.timeline import effective_time
 
 GB = 1e9
 
@@ -75,6 +76,17 @@ def print_summary(console: Console, run: RunFolder, stages: Sequence[StageConfig
         restarts = max(len(read_attempts(run.path / stage.name)) - 1, 0)
         table.add_row(stage.name, f"{manifest['seconds']:.1f} s", str(restarts), escape(made))
     console.print(table)
+    for stage in stages:
+        if time := effective_time(run.path / stage.name):
+            console.print(f"{stage.name}: {_where_time_went(time)}", highlight=False, soft_wrap=True)
+
+
+def _where_time_went(time: Mapping[str, float]) -> str:
+    parts = {
+        name: time[name] for name in time if name not in {"productive", "wall_clock", "ratio"} and time[name] >= 0.05
+    }
+    rest = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in sorted(parts.items(), key=lambda p: -p[1]))
+    return f"effective training time {time['ratio']:.1%} of {time['wall_clock']:.1f} s; the rest: {rest or 'nothing'}"
 
 
 def write_summary(run: RunFolder, stages: Sequence[StageConfig]) -> list[Row]:
@@ -92,6 +104,11 @@ def write_summary(run: RunFolder, stages: Sequence[StageConfig]) -> list[Row]:
         rows.append({"name": f"{stage.name}.seconds", "value": manifest["seconds"], "unit": "s"})
         restarts = max(len(attempts[stage.name]) - 1, 0)
         rows.append({"name": f"{stage.name}.restarts", "value": restarts, "unit": "1"})
+        if time := effective_time(run.path / stage.name):
+            ratio = time.pop("ratio")
+            rows.append({"name": f"{stage.name}.effective_time", "value": ratio, "unit": "1"})
+            for kind, seconds in time.items():
+                rows.append({"name": f"{stage.name}.time.{kind}", "value": seconds, "unit": "s"})
         metrics = dict(manifest["metrics"])
         rows += metrics.pop("rows", [])
         metrics.pop("headline", None)

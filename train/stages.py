@@ -32,7 +32,6 @@ from train.config import (
     IngestStage,
     StageConfig,
     TrainStage,
-    check_batch,
 )
 from train.data import ShardDataset
 from train.empirical import check_engine
@@ -40,6 +39,7 @@ from train.evaluation import evaluate, image_grid, train_classifier, validation_
 from train.extraction import find_copies
 from train.filtering import filter_shards
 from train.generation import build, generate
+from train.heartbeat import Heartbeat
 from train.loop import load_average, train
 from train.measurements import Row
 from train.metrics import format_mfu
@@ -59,7 +59,7 @@ class Result:
     ledger: dict[str, Any] | None = None
 
 
-def run_stage(stage: StageConfig, run: RunFolder, fencing_epoch: int | None) -> None:
+def run_stage(stage: StageConfig, run: RunFolder, fencing_epoch: int | None, heartbeat: Heartbeat) -> None:
     """Run one stage to its manifest; a finished one is left as it is.
 
     Training stages run on every rank of the process group; only rank 0 locks the stage and writes the manifest.
@@ -75,9 +75,11 @@ def run_stage(stage: StageConfig, run: RunFolder, fencing_epoch: int | None) -> 
         inputs = run.input_hashes(stage)
         if isinstance(stage, TrainStage):
             assert world is not None
-            result = _train(stage, run, world, fencing_epoch)
+            result = _train(stage, run, world, fencing_epoch, heartbeat)
         else:
-            result = STAGES[type(stage)](stage, run, Progress(run.stage_folder(stage.name)))
+            heartbeat.section("evaluate")
+            progress = Progress(run.stage_folder(stage.name), heartbeat)
+            result = STAGES[type(stage)](stage, run, progress)
         if first_rank:
             run.write_manifest(
                 stage,
@@ -102,12 +104,11 @@ def _together(world: World | None) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _train(stage: TrainStage, run: RunFolder, world: World, fencing_epoch: int | None) -> Result:
-    check_batch(stage, world.size)
+def _train(stage: TrainStage, run: RunFolder, world: World, fencing_epoch: int | None, heartbeat: Heartbeat) -> Result:
     if fencing_epoch is None:  # started by hand
         epoch = run.next_fencing_epoch(run.ledger_path(stage)) if world.rank == 0 else None
         fencing_epoch = int(world.broadcast(epoch))
-    trained = train(stage, run, world, fencing_epoch)
+    trained = train(stage, run, world, fencing_epoch, heartbeat)
     if world.rank != 0:
         return Result({})
     metrics = trained.metrics

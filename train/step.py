@@ -23,15 +23,12 @@ from privacy.clipping import Clipper, GroupWiseClipper
 from privacy.mechanism import Mechanism
 from train.config import TrainStage
 from train.data import Batch, Prefetcher, ShardDataset
+from train.health import Health
 from train.optim import ExponentialMovingAverage, learning_rate
 from train.parallel import Backend, World
 from train.randomness import record_draws
 
 Slots = NDArray[np.int64]
-
-
-class NonFiniteLoss(ValueError):
-    """The public loss is inf or NaN: the weights before this step are still good, those after it would not be."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +121,7 @@ class PublicStep:
     backend: Backend
     average: ExponentialMovingAverage
     prefetcher: Prefetcher  # of this rank's share of each step
+    health: Health
 
     def __call__(self, step: int) -> StepReport:
         world, size = self.batches.world, self.stage.train.batch_size
@@ -135,12 +133,9 @@ class PublicStep:
                 self.backend.backward((losses_B * batch.present_B).sum() / size)
             loss += losses_B.detach()[batch.present_B].sum() / size
         failpoint("step.computed", step=step)
+        of_rank = float(loss)
         loss = float(world.sum(loss))
-        if not np.isfinite(loss):
-            raise NonFiniteLoss(
-                f"the loss of {self.stage.name} is {loss} at step {step}: "
-                "lower optim.learning_rate, or raise optim.warmup_steps"
-            )
+        self.health.judge_loss(step, loss, of_rank)  # before it reaches a weight
         self.backend.update(learning_rate(self.stage.optim, step, self.stage.train.steps))
         self.average.update(step + 1)
         return StepReport(loss, size)

@@ -11,6 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from train.heartbeat import Heartbeat
 from train.loop import train
 from train.parallel import join_world
 from train.recipe import load_stage
@@ -66,7 +67,7 @@ def main() -> None:
         if world.rank == 0:  # with the id of the run, hence the same name in the ledger
             shutil.copytree(base / f"prepared-{case}", folder)
         world.barrier()
-        train(stage_for(case, backend, world.size), RunFolder.open(folder, "digits"), world, fencing_epoch=1)
+        train(stage_for(case, backend, world.size), RunFolder.open(folder, "digits"), world, 1, Heartbeat(world.rank))
         world.barrier()
     os._exit(0)  # DeepSpeed's engines would be torn down one by one
 

@@ -9,7 +9,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from checkpointing import store
+from checkpointing.sharded import save_now
+from checkpointing.store import LocalPlace, SaveId
 from privacy.accounting import epsilon
 from privacy.events import canonical_json
 from privacy.ledger import Ledger
@@ -75,10 +76,11 @@ def open_ledger(run: Path, **settings: Any) -> Ledger:
 
 def save_checkpoint(run: Path, step: int, head: str | None, stage: str = STAGE) -> Path:
     """A committed checkpoint, as far as its manifest goes."""
-    folder = store.open_attempt(run / stage / "checkpoints", step, 0)
+    place = LocalPlace(run / stage / "checkpoints")
+    save = SaveId(1, len(place.saves()) + 1, step)
     state = {"stage": stage, "config_sha256": config_sha256(), "ledger_head": head}
-    store.commit(folder, {"format": 1, "step": step, "files": {}, "tensors": [], "state": state})
-    return folder
+    save_now(place, save, [], state)
+    return place.folder(save)
 
 
 def train_privately(

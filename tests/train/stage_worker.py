@@ -8,9 +8,11 @@ import sys
 import time
 from pathlib import Path
 
+from train.heartbeat import Heartbeat, install
+
 behaviour, folder = sys.argv[1], Path(sys.argv[2])
-rank = int(os.environ.get("RANK", "0"))
-again = (folder / "log-2.txt").exists()
+rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+again = os.environ.get("SFUMATO_ATTEMPT", "1") != "1"
 
 
 def report(step: int) -> None:
@@ -30,6 +32,22 @@ def finish() -> None:
     if rank == 0:
         (folder / "manifest.json").write_text("{}")
     sys.exit(0)
+
+
+def begin() -> Heartbeat:
+    """Through the sections of a training stage, to its first steps."""
+    heartbeat = install()
+    heartbeat.section("load")
+    heartbeat.section("step")
+    for step in (1, 2, 3):
+        time.sleep(0.05)
+        heartbeat.beat(step)
+        report(step)
+    return heartbeat
+
+
+def wait_for_a_peer_that_never_comes() -> None:
+    time.sleep(60)
 
 
 def end_orderly(*_: object) -> None:
@@ -82,3 +100,76 @@ match behaviour:
         subprocess.Popen([sys.executable, "-c", child, str(folder)], start_new_session=True)
         report(1)
         sys.exit(1)
+    case "is stopped once":
+        heartbeat = begin()
+        if not again:
+            if rank == world_size - 1:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            wait_for_a_peer_that_never_comes()
+        finish()
+    case "hangs":
+        begin()
+        wait_for_a_peer_that_never_comes()
+    case "hangs in a save once":
+        heartbeat = begin()
+        with heartbeat.section("save"):
+            if not again:
+                wait_for_a_peer_that_never_comes()
+        finish()
+    case "never begins":
+        time.sleep(60)
+    case "loses a peer and waits":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        heartbeat = begin()
+        if not again:
+            if rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            wait_for_a_peer_that_never_comes()
+        finish()
+    case "fails and leaves its peers waiting":
+        heartbeat = begin()
+        if not again:
+            if rank == 1:
+                heartbeat.exiting(1)
+                sys.exit("out of memory")
+            wait_for_a_peer_that_never_comes()
+        finish()
+    case "has a slow rank":
+        heartbeat = begin()
+        for step in range(4, 60):
+            time.sleep(0.03 if rank == 1 else 0.01)
+            heartbeat.waiting()
+            time.sleep(0.01 if rank == 1 else 0.03)
+            heartbeat.beat(step)
+        finish()
+    case "meets a bad step once":
+        heartbeat = begin()
+        if not again:
+            heartbeat.exiting(76)
+            sys.exit(76)
+        finish()
+    case "meets bad steps":
+        sys.exit(76)
+    case "needs a person":
+        sys.stderr.write("error: step 7 of pretrain is bad: loss nan\n")
+        sys.exit(77)
+    case "needs fewer ranks":
+        heartbeat = begin()
+        with (folder / "sizes.txt").open("a") as file:  # a line an attempt
+            if rank == 0:
+                file.write(f"{world_size}\n")
+        while len(sizes := (folder / "sizes.txt").read_text().split()) < int(os.environ["SFUMATO_ATTEMPT"]):
+            time.sleep(0.02)  # rank 0 has yet to write this attempt's
+        if sizes[-2:] == ["1", "2"]:
+            finish()
+        if world_size == 1:
+            commit(10)
+        sys.exit(1)
+    case "takes a while":
+        signal.signal(signal.SIGTERM, end_orderly)
+        heartbeat = begin()
+        (folder / f"rank-{rank}-of-{world_size}").write_text(str(os.getpid()))
+        for step in range(4, 60):
+            time.sleep(0.1)
+            heartbeat.beat(step)
+        finish()

@@ -8,13 +8,13 @@ import torch
 from PIL import Image
 
 from checkpointing.sharded import latest
+from train.heartbeat import Heartbeat
 from train.images import encode_png
 from train.loop import train
 from train.parallel import join_world
 from train.recipe import load_stage
 from train.run_folder import RunFolder, now
 from train.shards import Record, write_shards
-from train.step import NonFiniteLoss
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = (
@@ -45,7 +45,7 @@ def run(tmp_path: Path) -> RunFolder:
 def pretrain(run: RunFolder, *overrides: str) -> dict[tuple[str, str], torch.Tensor]:
     """Run the stage and return everything its last checkpoint holds."""
     stage = load_stage(ROOT / "configs/digits/30_pretrain.yaml", [*SMALL, *overrides])
-    train(stage, run, join_world(), fencing_epoch=1)
+    train(stage, run, join_world(), run.next_fencing_epoch(), Heartbeat(0))
     checkpoint = latest(run.path / "pretrain" / "checkpoints")
     assert checkpoint is not None
     return {key: checkpoint.read(*key) for key in checkpoint.tensors()}
@@ -102,10 +102,3 @@ def test_a_split_that_was_changed_after_its_manifest_is_refused(run: RunFolder) 
         (folder / name).unlink()
     with pytest.raises(ValueError, match="a shard was changed or lost"):
         pretrain(run)
-
-
-def test_a_loss_that_explodes_stops_the_stage_before_the_weights_do(run: RunFolder) -> None:
-    with pytest.raises(NonFiniteLoss, match=r"lower optim\.learning_rate"):
-        pretrain(run, "optim.learning_rate=1e30", "train.steps=12")
-    saved = latest(run.path / "pretrain" / "checkpoints")
-    assert saved is None or all(saved.read(*key).isfinite().all() for key in saved.tensors() if key[0] == "param")

@@ -5,16 +5,21 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from train import ROOT
+from train.launchers import agent_command
+from train.rendezvous import OneNode, Team
 from train.supervisor import Outcome, RestartPolicy, StopRequest, run_stage, signal_of, stop_on_signals
+from train.timeline import read_timeline
 
 WORKER = Path(__file__).with_name("stage_worker.py")
 QUICK = RestartPolicy(first_wait_s=0.02, longest_wait_s=0.1, grace_s=5, poll_s=0.02)
+TWO = replace(QUICK, nproc=2)  # ranks, under torchrun
 
 
 class Screen:
@@ -62,12 +67,25 @@ def run(
     *,
     policy: RestartPolicy = QUICK,
     stop: StopRequest | None = None,
-    launcher: tuple[str, ...] = (),
+    devices: Callable[[], int | None] = lambda: None,
 ) -> Outcome:
-    command = [sys.executable, *launcher, str(WORKER), behaviour, str(folder)]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    """Run the worker alone or, where the policy says so, on several ranks under torchrun."""
+    together = policy.nproc > 1
+
+    def command(team: Team) -> list[str]:
+        launcher = agent_command(team, "pretrain", 60) if together else [sys.executable]
+        return [*launcher, str(WORKER), behaviour, str(folder)]
+
     return run_stage(
-        "pretrain", folder, lambda: command, env=env, watcher=screen, stop=stop or StopRequest(), policy=policy
+        "pretrain",
+        folder,
+        command,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        watcher=screen,
+        stop=stop or StopRequest(),
+        policy=policy,
+        rendezvous=OneNode(together=together),
+        devices=devices,
     )
 
 
@@ -111,8 +129,9 @@ def test_a_stage_that_never_progresses_is_given_up_after_three_restarts(folder: 
     outcome = run("never progresses", folder, screen)
     assert (outcome.status, outcome.restarts) == ("failed", 3)
     assert "the disk is on fire" in outcome.message
-    waits = [line.split("restarting in ")[1].split(" s")[0] for line in screen.lines]
-    assert waits == ["0.02", "0.04", "0.08"]
+    waits = [line.split("restarting in ")[1].split(" s")[0] for line in screen.lines[1:]]
+    assert "restarting at once" in screen.lines[0]
+    assert waits == ["0.02", "0.04"]
 
 
 def test_a_stage_that_commits_something_between_deaths_is_not_given_up(folder: Path, screen: Screen) -> None:
@@ -192,7 +211,8 @@ class Silent:
     def progress(self, step, steps, text): pass
     def say(self, text): pass
 folder = Path(sys.argv[2])
-run_stage("s", folder, lambda: [sys.executable, *sys.argv[1:]], env=os.environ, watcher=Silent(), stop=StopRequest())
+command = [sys.executable, *sys.argv[1:]]
+run_stage("s", folder, lambda team: command, env=os.environ, watcher=Silent(), stop=StopRequest())
 """
 
 
@@ -242,19 +262,16 @@ def test_an_exit_status_tells_the_signal_whoever_passed_it_on(exit_code: int, na
     assert signal_of(exit_code) == name
 
 
-TORCHRUN = ("-m", "train.torchrun", "--standalone", "--nproc-per-node", "2", "--max-restarts", "0")
-
-
 @pytest.mark.distributed
 def test_under_torchrun_a_killed_rank_is_seen_and_the_stage_restarted(folder: Path, screen: Screen) -> None:
-    outcome = run("dies once", folder, screen, launcher=TORCHRUN)
+    outcome = run("dies once", folder, screen, policy=TWO)
     assert (outcome.status, outcome.restarts) == ("finished", 1)
     assert outcome.attempts[0].signal == "SIGKILL"
 
 
 @pytest.mark.distributed
 def test_under_torchrun_the_killed_rank_is_named_and_not_the_peer_it_brought_down(folder: Path, screen: Screen) -> None:
-    outcome = run("loses a peer once", folder, screen, launcher=TORCHRUN)
+    outcome = run("loses a peer once", folder, screen, policy=TWO)
     assert (outcome.status, outcome.restarts) == ("finished", 1)
     assert outcome.attempts[0].signal == "SIGKILL"
 
@@ -271,7 +288,7 @@ def test_of_all_ranks_exit_codes_the_telling_one_is_passed_on(exit_codes: list[i
 
 @pytest.mark.distributed
 def test_under_torchrun_a_ranks_refusal_is_still_a_refusal(folder: Path, screen: Screen) -> None:
-    outcome = run("refuses", folder, screen, launcher=TORCHRUN)
+    outcome = run("refuses", folder, screen, policy=TWO)
     assert (outcome.status, outcome.restarts) == ("refused", 0)
     assert outcome.message == "40_finetune_dp.yaml: privacy.target_epsilon is 1, but 1.2 is spent"
 
@@ -280,6 +297,143 @@ def test_under_torchrun_a_ranks_refusal_is_still_a_refusal(folder: Path, screen:
 def test_under_torchrun_a_stop_reaches_the_ranks(folder: Path, screen: Screen) -> None:
     stop = StopRequest()
     when("progress.jsonl", folder, lambda: stop.signals.append(signal.SIGINT))
-    outcome = run("saves when told", folder, screen, stop=stop, launcher=TORCHRUN)
+    outcome = run("saves when told", folder, screen, stop=stop, policy=TWO)
     assert outcome.status == "interrupted"
     assert screen.steps == [4, 5]
+
+
+def test_a_hang_is_seen_within_its_limit_its_stacks_are_kept_and_the_stage_is_restarted(
+    folder: Path, screen: Screen
+) -> None:
+    policy = replace(QUICK, limits={"save": 0.5})
+    outcome = run("hangs in a save once", folder, screen, policy=policy)
+    assert (outcome.status, outcome.restarts) == ("finished", 1)
+    hung = outcome.attempts[0]
+    assert (hung.cause, hung.rank, hung.signal) == ("hang", 0, None)
+    assert "rank 0 gave no sign of life for 0.5 s in section save (limit 0.5 s)" in hung.what
+    assert "wait_for_a_peer_that_never_comes" in (folder / "log-1-stacks.txt").read_text()
+    assert "attempt 1 hung at step 3" in screen.lines[0]
+
+
+def test_hangs_without_progress_are_given_up_as_hangs(folder: Path, screen: Screen) -> None:
+    outcome = run("hangs", folder, screen, policy=replace(QUICK, stalled_restarts=1, limits={"step": 0.3}))
+    assert (outcome.status, outcome.reason, outcome.restarts) == ("failed", "hang", 1)
+
+
+def test_a_stage_that_never_begins_is_ended_too(folder: Path, screen: Screen) -> None:
+    outcome = run("never begins", folder, screen, policy=replace(QUICK, stalled_restarts=0, limits={"start": 0.5}))
+    assert (outcome.status, outcome.reason) == ("failed", "hang")
+    assert "rank 0 gave no sign of life within" in outcome.message
+
+
+def test_a_bad_step_goes_back_and_one_that_needs_a_person_does_not(folder: Path, screen: Screen) -> None:
+    outcome = run("meets a bad step once", folder, screen)
+    assert (outcome.status, outcome.attempts[0].cause) == ("finished", "bad step")
+    assert "met a bad step at step 3" in screen.lines[0]
+
+
+def test_bad_steps_without_progress_are_given_up_as_such(folder: Path, screen: Screen) -> None:
+    outcome = run("meets bad steps", folder, screen)
+    assert (outcome.status, outcome.reason, outcome.restarts) == ("failed", "bad steps", 3)
+
+
+def test_a_bad_step_that_needs_a_person_is_not_restarted(folder: Path, screen: Screen) -> None:
+    outcome = run("needs a person", folder, screen)
+    assert (outcome.status, outcome.reason, outcome.restarts) == ("failed", "bad steps", 0)
+    assert outcome.message == "step 7 of pretrain is bad: loss nan"
+
+
+def test_a_restart_says_what_it_took(folder: Path, screen: Screen) -> None:
+    run("is stopped once", folder, screen, policy=replace(QUICK, limits={"step": 0.5}))
+    (said,) = (line for line in screen.lines if "training again" in line)
+    for part in ("s until it was seen", "s to start", "s to load", "s for the first step"):
+        assert part in said
+    (resumed,) = (event for event in read_timeline(folder) if event["event"] == "resumed")
+    assert resumed["detect_s"] >= 0.5
+    assert resumed["attempt"] == 2
+
+
+@pytest.mark.distributed
+def test_peers_of_a_killed_rank_do_not_hold_up_the_restart(folder: Path, screen: Screen) -> None:
+    outcome = run("loses a peer and waits", folder, screen, policy=TWO)  # and would not end on SIGTERM
+    assert (outcome.status, outcome.restarts) == ("finished", 1)
+    assert (outcome.attempts[0].cause, outcome.attempts[0].rank, outcome.attempts[0].signal) == ("crash", 1, "SIGKILL")
+    assert outcome.attempts[0].seconds < 15
+
+
+@pytest.mark.distributed
+def test_the_status_of_a_rank_that_fails_is_told_though_its_peers_had_to_be_killed(
+    folder: Path, screen: Screen
+) -> None:
+    outcome = run("fails and leaves its peers waiting", folder, screen, policy=TWO)
+    first = outcome.attempts[0]
+    assert (outcome.status, first.exit_code, first.rank) == ("finished", 1, 1)
+    assert "died with status 1 at step 3" in screen.lines[0]
+
+
+@pytest.mark.distributed
+def test_a_stopped_rank_is_named_at_once_and_restarted_after_the_limit(folder: Path, screen: Screen) -> None:
+    outcome = run("is stopped once", folder, screen, policy=replace(TWO, limits={"step": 2}))
+    assert (outcome.status, outcome.restarts) == ("finished", 1)
+    assert (outcome.attempts[0].cause, outcome.attempts[0].rank) == ("hang", 1)
+    assert "rank 1" in screen.lines[0] and "kill -CONT" in screen.lines[0]
+    assert "is stopped by a signal" in outcome.attempts[0].what
+    stacks = (folder / "log-1-stacks.txt").read_text()
+    assert "wait_for_a_peer_that_never_comes" in stacks and "stopped by a signal" in stacks
+    assert outcome.attempts[0].seconds < 15
+
+
+@pytest.mark.distributed
+def test_a_slow_rank_is_named(folder: Path, screen: Screen) -> None:
+    run("has a slow rank", folder, screen, policy=TWO)
+    (said,) = (line for line in screen.lines if "is slow" in line)
+    assert "rank 1 is slow: its own part of a step takes 0.03" in said
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("who", ["agent", "rank 0", "rank 1"])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_whoever_is_killed_or_told_to_stop_the_stage_goes_on(
+    folder: Path, screen: Screen, who: str, number: signal.Signals
+) -> None:
+    def strike() -> None:
+        rank = (
+            int((folder / "rank-0-of-2").read_text()) if who != "rank 1" else int((folder / "rank-1-of-2").read_text())
+        )
+        os.kill(parent_of(rank) if who == "agent" else rank, number)
+
+    when("rank-1-of-2", folder, lambda: (time.sleep(0.3), strike()))
+    outcome = run("takes a while", folder, screen, policy=replace(TWO, grace_s=3))
+    assert (outcome.status, outcome.restarts) == ("finished", 1)
+    assert outcome.attempts[0].cause == ("crash" if number == signal.SIGKILL else "preempted")
+    if number == signal.SIGKILL:
+        assert outcome.attempts[0].signal == "SIGKILL"
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+
+
+@pytest.mark.distributed
+def test_after_two_failures_without_progress_a_rank_is_left_out_and_taken_back_after_progress(
+    folder: Path, screen: Screen
+) -> None:
+    outcome = run("needs fewer ranks", folder, screen, policy=replace(TWO, min_ranks=1))
+    assert outcome.status == "finished"
+    assert [attempt.nproc for attempt in outcome.attempts] == [2, 2, 1, 2]
+    assert any("goes on with 1 of 2 ranks" in line for line in screen.lines)
+    assert any("goes on with all 2 ranks" in line for line in screen.lines)
+
+
+@pytest.mark.distributed
+def test_a_lost_device_is_done_without_and_used_again_once_it_is_back(folder: Path, screen: Screen) -> None:
+    devices = iter([2, 1, 2, 2])
+    outcome = run("needs fewer ranks", folder, screen, policy=replace(TWO, min_ranks=1), devices=lambda: next(devices))
+    assert outcome.status == "finished"
+    assert [attempt.nproc for attempt in outcome.attempts] == [2, 1, 2]
+
+
+def test_too_few_devices_are_refused_where_no_fewer_ranks_are_allowed(folder: Path, screen: Screen) -> None:
+    outcome = run("finishes", folder, screen, policy=TWO, devices=lambda: 1)
+    assert (outcome.status, outcome.attempts) == ("refused", ())
+    assert "parallel.nproc is 2, but this machine has 1 devices now" in outcome.message

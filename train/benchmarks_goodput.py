@@ -1,0 +1,285 @@
+"""What failures cost a job on many nodes: the simulation held against closed forms, Llama 3's run, and our own costs.
+
+What a node does is measured here, at a run of the benchmark: copying, saving and loading through the real checkpoints,
+and starting ranks. What cannot be measured on one machine is assumed, and each assumption is a named figure below.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from blake3 import blake3
+
+from checkpointing.layout import SaveId
+from checkpointing.places import LocalPlace
+from checkpointing.sharded import Checkpoint, Chunk, save_now
+from train import ROOT
+from train.benchmarks import seconds
+from train.config import Supervision
+from train.goodput import (
+    DAY_S,
+    Cluster,
+    Costs,
+    Failure,
+    Goodput,
+    Loss,
+    Schedule,
+    daly_ratio,
+    recommend_interval,
+    simulate,
+)
+from train.measurements import Row
+
+log = logging.getLogger(__name__)
+
+# --- Llama 3 405B, as published (arXiv:2407.21783, section 3.3) ---
+LLAMA3_S = 54 * DAY_S
+LLAMA3_NODES = 2048  # 16,384 GPUs, 8 a node
+# Table 5's 419 unexpected interruptions by what a run loses to them. GPU 148, its memory 72, SRAM 19, system processor
+# 17 and thermal interface 6, NIC 7, silent data corruption 6, SSD 3, power supply 3, chassis 2, IO board 2, CPU 2,
+# system memory 2, unplanned host maintenance 32: the node. Network switch or cable 35: the nodes behind it. Software
+# bug 54, dependency 2: the process. NCCL watchdog timeout 7: a process too, after it has hung.
+LLAMA3_CAUSES: dict[str, tuple[Loss, int]] = {
+    "node": ("node", 321),
+    "switch": ("domain", 35),
+    "crash": ("process", 56),
+    "hang": ("process", 7),
+}
+LLAMA3_PLANNED = 47  # of 466 in all
+LLAMA3_STEP_S = 6 * 405e9 * 16e6 / (16_384 * 400e12)  # 16M tokens a step at 400 TFLOP/s a GPU
+LLAMA3_STATE_BYTES = 12 * 405e9  # weights and two moments in fp32
+LLAMA3_STORAGE = 2e12  # bytes a second, sustained
+# Not published, so assumed: how long until an interruption is known, and from there to ranks that have joined.
+LLAMA3_DETECT_S, LLAMA3_RESTART_S = 60.0, 300.0
+
+# --- Assumed of a cluster of machines like this one ---
+NODES = 1000
+STATE_BYTES = LLAMA3_STATE_BYTES / LLAMA3_NODES  # a node, 2.4 GB
+STEP_S = LLAMA3_STEP_S
+PEER_BANDWIDTH = 1e9  # bytes a second between two nodes, beside training
+# Until a dead process is seen, and until a node without a sign of life is given up (train/rendezvous.py); a hang takes
+# the limit of a step.
+DETECT_S = {"crash": 1.0, "node": 10.0, "switch": 10.0, "hang": Supervision().step_s}
+SWAP_S, REPAIR_S = 60.0, DAY_S  # to bring in a node that stands ready; until a lost one is back
+DOMAIN_NODES = 16  # behind one switch
+MEMORY_EVERY = 10
+
+RUNS = 100
+SAMPLE_BYTES = 1 << 28
+
+
+def goodput() -> list[Row]:
+    """Agreement with Daly, Llama 3's run again, and a thousand nodes like this one."""
+    here = measure()
+    log.info("simulating")
+    measured = [Row(name=f"goodput.here.{name}", value=value, unit=unit) for name, value, unit in here.figures()]
+    return [*_agreement(), *_llama3(here), *measured, *_thousand_nodes(here)]
+
+
+@dataclass(frozen=True)
+class Here:
+    """What this machine does: bytes a second, and seconds from nothing to two ranks that have joined."""
+
+    copy: float
+    seal: float
+    save: float
+    load: float
+    restart_s: float
+
+    def figures(self) -> Iterable[tuple[str, float, str]]:
+        """Name, value and unit of each."""
+        for name in ("copy", "seal", "save", "load"):
+            yield name, getattr(self, name) / 1e9, "GB/s"
+        yield "restart", self.restart_s, "s"
+
+    def costs(self) -> Costs:
+        """Of a node's share of the state, as if the loop waited for the whole of a copy, which runs beside it."""
+        copy_s, seal_s = STATE_BYTES / self.copy, STATE_BYTES / self.seal
+        verified_s = copy_s + seal_s
+        return Costs(
+            step_s=STEP_S,
+            snapshot_stall_s=copy_s,
+            snapshot_seal_s=verified_s,
+            peer_copy_s=verified_s + STATE_BYTES / PEER_BANDWIDTH,
+            save_stall_s=copy_s,
+            save_commit_s=copy_s + STATE_BYTES / self.save,
+            restart_s=self.restart_s,
+            load_memory_s=verified_s,
+            load_peer_s=verified_s + STATE_BYTES / PEER_BANDWIDTH,
+            load_disk_s=STATE_BYTES / self.load,
+        )
+
+
+def measure() -> Here:
+    """Medians over three rounds, buffers warm; the restart once more than it is counted, so that files are cached."""
+    data = torch.randn(SAMPLE_BYTES // 4)
+    buffer = torch.empty_like(data)
+    raw = data.numpy().tobytes()
+    chunk = Chunk("param", "weight", 0, (len(data),), data)
+
+    def rate(times: Iterable[float]) -> float:
+        return SAMPLE_BYTES / statistics.median(times)
+
+    with tempfile.TemporaryDirectory() as name:
+        log.info("copying, sealing, saving and loading %d MiB", SAMPLE_BYTES >> 20)
+        place = LocalPlace(Path(name))
+        copied = rate([seconds(lambda: buffer.copy_(data)) for _ in range(4)][1:])
+        sealed = rate([seconds(lambda: blake3(raw, max_threads=1).digest()) for _ in range(3)])
+        saved = rate([seconds(lambda n=n: save_now(place, SaveId(1, n, n), [chunk], {})) for n in range(1, 4)])
+        loaded = rate(
+            [
+                seconds(lambda: Checkpoint.open(place, SaveId(1, 3, 3)).read_into("param", "weight", 0, buffer))
+                for _ in range(3)
+            ]
+        )
+    log.info("starting two ranks")
+    join = "import train.stages; from train.parallel import join_world; join_world()"
+    ranks = [sys.executable, "-m", "train.torchrun", "--standalone", "--nproc-per-node", "2", "--max-restarts", "0"]
+    command = [*ranks, "-m", "timeit", "-n", "1", "-r", "1", join]
+    starts = [seconds(lambda: subprocess.run(command, cwd=ROOT, capture_output=True, check=True)) for _ in range(3)]
+    return Here(copied, sealed, saved, loaded, statistics.median(starts[1:]))
+
+
+def _agreement() -> list[Row]:
+    """The largest error of the simulated waste against Daly's closed form, from too many saves to too few."""
+    mtbf_s, save_s, restart_s = 20_000.0, 10.0, 50.0
+    costs = Costs(step_s=1, save_stall_s=save_s, save_commit_s=save_s, restart_s=restart_s, load_disk_s=0)
+    cluster = Cluster(16, (Failure("process", 16 * mtbf_s),))
+    errors: list[float] = []
+    for every in (100, 300, 600, 1200, 3000):
+        found = simulate(costs, cluster, Schedule(every), duration_s=1000 * mtbf_s, runs=400)
+        errors.append(abs((1 - found.ratio) / (1 - daly_ratio(every, save_s, restart_s, mtbf_s)) - 1))
+    worst = max(errors)
+    return [Row(name="goodput.waste_against_daly", value=worst, unit="relative", target=0.01, ok=worst <= 0.01)]
+
+
+def like_llama3(nodes: int, detect_s: Mapping[str, float], planned: int = 0) -> Cluster:
+    """Nodes that fail as Llama 3's did, each kind as often, with spares for any that breaks."""
+
+    def kind(loses: Loss, count: int, detect_s: float) -> Failure:
+        return Failure(loses, LLAMA3_S * LLAMA3_NODES / count, detect_s)
+
+    failures = [kind(loses, count, detect_s[cause]) for cause, (loses, count) in LLAMA3_CAUSES.items()]
+    failures += [kind("nothing", planned, 0.0)] if planned else []
+    domain_nodes = min(DOMAIN_NODES, nodes)
+    spares = domain_nodes + nodes // 20
+    return Cluster(nodes, tuple(failures), spares, SWAP_S, REPAIR_S, domain_nodes=domain_nodes)
+
+
+def auto(costs: Costs, nodes: int, memory_every: int = 0) -> Schedule:
+    """What `checkpoint.every: auto` takes."""
+    every = recommend_interval(
+        costs.step_s, costs.save_stall_s, commit_s=costs.save_commit_s, nodes=nodes, multiple_of=memory_every or 1
+    )
+    return Schedule(every, memory_every)
+
+
+def _ratio(name: str, found: Goodput, target: float | None = None) -> Row:
+    met = None if target is None else found.ratio >= target
+    return Row(name=f"goodput.{name}", value=found.ratio, unit="of the time", target=target, ok=met)
+
+
+def _llama3(here: Here) -> list[Row]:
+    """The published run, what its 90% leaves for a restart, and the same with snapshots in memory and at peers."""
+    moved_s = LLAMA3_STATE_BYTES / LLAMA3_STORAGE
+    costs = Costs(LLAMA3_STEP_S, moved_s, moved_s, LLAMA3_RESTART_S, moved_s)  # the loop waits for a save
+    cluster = like_llama3(LLAMA3_NODES, dict.fromkeys(LLAMA3_CAUSES, LLAMA3_DETECT_S), LLAMA3_PLANNED)
+    cluster = replace(cluster, swap_s=0.0)  # part of the restart
+    # Every save is worth its time: Daly's optimum, whatever share of the time the storage is written to.
+    schedule = Schedule(recommend_interval(costs.step_s, costs.save_stall_s, nodes=LLAMA3_NODES))
+
+    def run(costs: Costs, schedule: Schedule, runs: int = RUNS) -> Goodput:
+        return simulate(costs, cluster, schedule, duration_s=LLAMA3_S, runs=runs)
+
+    found = run(costs, schedule)
+    unexpected = sum(count for loses, count in found.failures.items() if loses != "nothing")
+    within, beyond = 0.0, 3600.0
+    while beyond - within > 5:
+        middle = (within + beyond) / 2
+        if run(replace(costs, restart_s=middle), schedule, 20).ratio > 0.9:
+            within = middle
+        else:
+            beyond = middle
+    tiers = replace(here.costs(), restart_s=LLAMA3_RESTART_S)
+    near = abs(unexpected / 419 - 1) <= 0.02
+    return [
+        Row(name="goodput.llama3.interruptions", value=unexpected, unit="in 54 days", target=419, ok=near),
+        _ratio("llama3.effective_time", found, target=0.9),
+        Row(name="goodput.llama3.save_every", value=schedule.every, unit="steps"),
+        Row(name="goodput.llama3.restart_that_leaves_90_percent", value=within, unit="s"),
+        _ratio("llama3.with_our_tiers", run(tiers, auto(tiers, LLAMA3_NODES, MEMORY_EVERY))),
+    ]
+
+
+def variants(here: Here, nodes: int = NODES) -> dict[str, tuple[Costs, Cluster, Schedule]]:
+    """Nodes like this one, as they are, and with one thing changed at a time."""
+    costs, cluster = here.costs(), like_llama3(nodes, DETECT_S)
+    snapshots = auto(costs, nodes, MEMORY_EVERY)
+    late = like_llama3(nodes, {**dict.fromkeys(DETECT_S, 600.0), "crash": DETECT_S["crash"]})
+    fewest = nodes - nodes // 20
+    return {
+        "as_it_is": (costs, cluster, snapshots),
+        "saves_on_disk_alone": (costs, cluster, auto(costs, nodes)),
+        "peers_behind_another_switch": (costs, replace(cluster, peer_stride=DOMAIN_NODES), snapshots),
+        "restart_in_5_minutes": (replace(costs, restart_s=300.0), cluster, snapshots),
+        "silence_known_after_10_minutes": (costs, late, snapshots),
+        "no_spares_waits": (costs, replace(cluster, spares=0), snapshots),
+        "no_spares_shrinks": (costs, replace(cluster, spares=0, min_nodes=fewest), snapshots),
+    }
+
+
+def _thousand_nodes(here: Here) -> list[Row]:
+    """What a thousand nodes would get, where the rest goes, and whether `auto` saves as often as it should."""
+    cases = variants(here)
+    found = {name: simulate(*case, duration_s=LLAMA3_S, runs=RUNS) for name, case in cases.items()}
+    rows = [_ratio(f"{NODES}_nodes.{name}", each) for name, each in found.items()]
+    for name, spent in found["as_it_is"].seconds.items():
+        rows.append(Row(name=f"goodput.{NODES}_nodes.as_it_is.{name}", value=spent / LLAMA3_S, unit="of the time"))
+    costs, cluster, schedule = cases["saves_on_disk_alone"]
+    every = Row(name=f"goodput.{NODES}_nodes.auto_saves_every", value=schedule.every, unit="steps")
+    sweep = {round(schedule.every * factor) for factor in (0.25, 0.5, 0.7, 1.4, 2, 4, 8)}
+    best = max(simulate(costs, cluster, Schedule(other), duration_s=LLAMA3_S, runs=RUNS).ratio for other in sweep)
+    share = found["saves_on_disk_alone"].ratio / best
+    name = f"goodput.{NODES}_nodes.auto_over_best_interval"
+    return [*rows, every, Row(name=name, value=share, unit="1", target=0.995, ok=share >= 0.995)]
+
+
+def draw(path: Path) -> None:
+    """Effective training time against the number of nodes, and against the interval between saves, as a picture."""
+    from matplotlib.figure import Figure
+
+    here = measure()
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    by_nodes, by_interval = figure.subplots(1, 2, sharey=True)
+    counts = [1 << power for power in range(3, 16)]
+    lines: dict[str, list[float]] = {}
+    for nodes in counts:
+        for name, case in variants(here, nodes).items():
+            lines.setdefault(name, []).append(simulate(*case, duration_s=LLAMA3_S, runs=20).ratio)
+    for name, ratios in lines.items():
+        style = "-" if name in ("as_it_is", "saves_on_disk_alone") else "--"
+        by_nodes.plot(counts, ratios, style, label=name.replace("_", " "))
+    by_nodes.set(xscale="log", xlabel="nodes", ylabel="effective training time", ylim=(0.5, 1.005))
+    by_nodes.legend(fontsize=7, loc="lower left")
+    costs = here.costs()
+    for nodes, colour in ((100, "tab:green"), (1000, "tab:blue"), (10_000, "tab:red")):
+        cluster = like_llama3(nodes, DETECT_S)
+        steps = sorted({round(2 ** (power / 2)) for power in range(2, 24)})
+        ratios = [simulate(costs, cluster, Schedule(every), duration_s=LLAMA3_S, runs=20).ratio for every in steps]
+        by_interval.plot([every * STEP_S / 60 for every in steps], ratios, color=colour, label=f"{nodes:,} nodes")
+        every = auto(costs, nodes).every
+        ratio = simulate(costs, cluster, Schedule(every), duration_s=LLAMA3_S, runs=20).ratio
+        by_interval.plot(every * STEP_S / 60, ratio, "o", color=colour)
+    by_interval.set(xscale="log", xlabel="minutes between saves, on disk alone (dot: checkpoint.every: auto)")
+    by_interval.legend(fontsize=7, loc="lower left")
+    for axes in (by_nodes, by_interval):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
