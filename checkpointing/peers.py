@@ -39,17 +39,14 @@ class PeerLink:
     @classmethod
     def join(cls, rank: int, world_size: int, node: int, timeout_s: float = 60.0) -> PeerLink | None:
         """Collective over the default group. None, on every rank, where all are on one node."""
-        group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
-        assert isinstance(group, dist.ProcessGroup)
-        nodes: list[Any] = [None] * world_size
-        dist.all_gather_object(nodes, node, group=group)
+        timeout = datetime.timedelta(seconds=timeout_s)
+        group: Any = dist.new_group(backend="gloo", timeout=timeout)  # pyright: ignore[reportUnknownMemberType]
+        nodes = _gather(node, world_size, group)
         return cls(group, rank, nodes) if len(set(nodes)) > 1 else None
 
     def gather_sizes(self, size_bytes: int) -> list[int]:
         """Collective: the size of every rank's shard."""
-        sizes: list[Any] = [None] * len(self.nodes)
-        dist.all_gather_object(sizes, size_bytes, group=self.group)
-        return sizes
+        return _gather(size_bytes, len(self.nodes), self.group)
 
     def exchange(self, shard: memoryview | None, index: bytes, received: dict[int, memoryview]) -> dict[int, bytes]:
         """Send this rank's shard to its partner, and receive those of `sources` into `received`, whole and in place.
@@ -69,7 +66,7 @@ class PeerLink:
             sending.append(self._send(torch.frombuffer(bytearray(index), dtype=torch.uint8), self.partner))
         indexes: dict[int, bytes] = {}
         for source, size in sizes.items():
-            length, index_length = size.tolist()
+            length, index_length = (int(count) for count in size)
             if not index_length:
                 continue
             if length != len(received[source]):
@@ -101,5 +98,11 @@ class PeerLink:
         dist.recv(tensor, group=self.group, group_src=source)
 
 
-def _blocks(whole: Tensor) -> tuple[Tensor, ...]:
-    return whole.split(_BLOCK_BYTES)
+def _blocks(whole: Tensor) -> list[Tensor]:
+    return [whole[begin : begin + _BLOCK_BYTES] for begin in range(0, len(whole), _BLOCK_BYTES)]
+
+
+def _gather(item: int, world_size: int, group: Any) -> list[int]:
+    items: list[Any] = [None] * world_size
+    dist.all_gather_object(items, item, group=group)  # pyright: ignore[reportUnknownMemberType]
+    return items

@@ -185,9 +185,9 @@ class LocalPlace(Place):
             finally:
                 disk.close(descriptor)
             disk.sync_folder(path.parent)
+            failpoint("shard.synced", step=save.step)
         except OSError as error:
             raise CheckpointError(f"{path} could not be written past byte {size:,}: {error.strerror}") from error
-        failpoint("shard.synced", step=save.step)
         return size
 
     def open(self, save: SaveId, payload_bytes: int) -> None:
@@ -201,7 +201,7 @@ class LocalPlace(Place):
                     "free some space; nothing was written, and earlier checkpoints are as they were"
                 )
             disk.make_folder(self.folder(save))
-        failpoint("attempt.opened", step=save.step)
+            failpoint("attempt.opened", step=save.step)
 
     def sync(self, save: SaveId) -> None:
         with _named(self.folder(save), "synced"):
@@ -284,7 +284,7 @@ class RemotePlace(Place):
             failpoint(f"{_failpoint_of(file)}.synced", **where)
             self._store.makedirs(self._key(save), exist_ok=True)
             self._store.pipe_file(self._key(save, file), data)
-        failpoint(f"{_failpoint_of(file)}.renamed", **where)
+            failpoint(f"{_failpoint_of(file)}.renamed", **where)
 
     def write(self, save: SaveId, file: str, blocks: Iterable[Buffer]) -> int:
         size = 0

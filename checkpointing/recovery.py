@@ -154,12 +154,13 @@ class _Recovery:
         """Which shards go where, the same list on all ranks."""
         own = range(len(holders)) if self.pieces is None else checkpoint.needed(self.pieces)
         plan: dict[tuple[int, int], _Copy] = {}
-        for receiver, needed in enumerate(self.gather(list(own))):
+        wanted: list[list[int]] = self.gather(list(own))
+        for receiver, needed in enumerate(wanted):
             for shard in needed:
                 node = self.nodes[receiver]
                 if node not in holders[shard]:
-                    ranks = [r for r, n in enumerate(self.nodes) if n == holders[shard][0]]
-                    sender = ranks[shard % len(ranks)]
+                    there = [r for r, n in enumerate(self.nodes) if n == holders[shard][0]]
+                    sender = there[shard % len(there)]
                     plan.setdefault((shard, node), _Copy(shard, sender, receiver))
         return sorted(plan.values(), key=lambda copy: (copy.shard, copy.receiver))
 

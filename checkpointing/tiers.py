@@ -19,14 +19,9 @@ sealed, and never while it is being written to the disk.
 
 from __future__ import annotations
 
-import ctypes
-import json
 import logging
 import math
-import os
 import queue
-import subprocess
-import sys
 import threading
 import time
 from collections import defaultdict
@@ -41,16 +36,14 @@ from torch import Tensor
 
 from checkpointing import disk, store
 from checkpointing.failpoints import failpoint
-from checkpointing.layout import CheckpointError, Index, Piece, SaveId, ShardLayout, digest_of, require_plain
-from checkpointing.memory import Memory, Slot, memory_folder
+from checkpointing.layout import CheckpointError, Piece, SaveId, ShardLayout, require_plain
+from checkpointing.memory import Memory, memory_folder
 from checkpointing.peers import PeerLink
-from checkpointing.places import LocalPlace, index_file
-from checkpointing.writer import Orders
+from checkpointing.places import LocalPlace
+from checkpointing.snapshots import Agree, Buffers, DeviceCopy
+from checkpointing.writer import Orders, WriterProcess
 
 __all__ = ["Agree", "Checkpointer", "Tiers", "memory_folder"]
-
-# Elementwise minimum over ranks, at every rank: a collective, of the training process's main thread.
-Agree = Callable[[list[float]], list[float]]
 
 _POLL_S = 0.01
 _WORTH_SAYING_S = 1.0
@@ -79,12 +72,11 @@ class _Snapshot:
     durable: bool
     state: dict[str, Any]
     copied: threading.Event = field(default_factory=threading.Event)
-    device_copied: list[tuple[torch.device, torch.cuda.Event]] = field(default_factory=list)
+    on_devices: Sequence[DeviceCopy] = ()  # what GPUs may have to do yet of the copy
     digested: threading.Event = field(default_factory=threading.Event)  # the writer sealed it, or failed to
     ended: bool = False  # copied, sealed and at the partner, or failed
     sealed: bool = False
     flushed: bool = False
-    committed: bool = False
     failure: str | None = None
 
     @property
@@ -124,18 +116,16 @@ class Checkpointer:
         self.layout = ShardLayout.of(pieces)
         self.place = LocalPlace(tiers.disk)
         self._together("could not take over", self._take_over)
-        self.memory = None if tiers.memory is None else Memory(tiers.memory)
-        self._slots, self._peer_slots, kept = self._make_slots(peer)
-        if num_nodes > 1 and self.memory is not None and peer is None:
+        if num_nodes > 1 and tiers.memory is not None and peer is None:
             log.warning("node %d has no peer link: if it is lost, so are its snapshots in memory", node)
-        self.peer = peer if self.memory is not None else None
-        self._parts = [self._fill_header(slot) for slot in self._slots]
+        memory = None if tiers.memory is None else Memory(tiers.memory)
+        self._buffers = Buffers(memory, self.layout, rank=rank, world_size=world_size, agree=agree, peer=peer)
+        self.memory, kept = self._buffers.memory, self._buffers.kept
 
         self._sequence = 0
-        self._whole = [False, kept]  # of each slot: whether it holds a save that is whole on all ranks
+        self._whole = [False, kept is not None]  # of each slot: whether it holds a save that is whole on all ranks
         self._newest_slot = 1
-        self._leftovers = self.memory is not None
-        self._kept = self._slots[1].save
+        self._leftovers = self.memory is not None  # of earlier runs, until a snapshot is whole
         self._current: _Snapshot | None = None
         self._durable: dict[SaveId, _Snapshot] = {}  # asked for and not committed, as far as this rank knows
         self._asked: SaveId | None = None
@@ -145,11 +135,10 @@ class Checkpointer:
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._counts: defaultdict[str, int] = defaultdict(int)
 
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._heard = threading.Condition()
         self._finished: bool | None = None
-        self._writer: _WriterProcess | None = self._start_writer()
-        self._jobs: queue.Queue[tuple[_Snapshot, list[Tensor], list[torch.cuda.Event]] | None] = queue.Queue()
+        self._writer: WriterProcess | None = self._start_writer()
+        self._jobs: queue.Queue[tuple[_Snapshot, list[Tensor], list[torch.Event]] | None] = queue.Queue()
         self._copying = threading.Thread(target=self._copy_all, name="snapshots", daemon=True)
         self._copying.start()
 
@@ -193,7 +182,7 @@ class Checkpointer:
             self._asked = snapshot.save
             self._durable[snapshot.save] = snapshot
         self._current = snapshot
-        self._jobs.put((snapshot, [tensor.detach() for tensor in tensors], self._ready(tensors)))
+        self._jobs.put((snapshot, [tensor.detach() for tensor in tensors], self._buffers.ready(tensors)))
         self._counts["durable" if durable else "in_memory"] += 1
         self._stalled(begin)
         return True
@@ -201,13 +190,13 @@ class Checkpointer:
     def settle(self) -> None:
         """On return the last snapshot's tensors may change. On a GPU, its stream waits and this thread does not."""
         snapshot = self._current
-        if snapshot is None or (snapshot.copied.is_set() and not snapshot.device_copied):
+        if snapshot is None or (snapshot.copied.is_set() and not snapshot.on_devices):
             return
         begin = time.perf_counter()
         snapshot.copied.wait()
-        for device, event in snapshot.device_copied:
-            torch.cuda.current_stream(device).wait_event(event)
-        snapshot.device_copied = []
+        for copy in snapshot.on_devices:
+            torch.cuda.current_stream(copy.device).wait_event(copy.done)
+        snapshot.on_devices = ()
         self._stalled(begin)
 
     def drain(self) -> None:
@@ -247,7 +236,7 @@ class Checkpointer:
         return None if self._writer is None else self._writer.pid
 
     def report(self) -> dict[str, Any]:
-        """What saves have cost so far: seconds (of the loop: stall_s, wait_s, asking_s, drain_s; beside it: the rest)."""
+        """Seconds of the loop (stall_s, of which wait_s and asking_s; drain_s) and beside it; and counts."""
         return {**self._seconds, **self._counts, "shard_bytes": self.layout.size_bytes}
 
     def close(self) -> None:
@@ -258,10 +247,7 @@ class Checkpointer:
         writer, self._writer = self._writer, None
         if writer is not None:
             writer.close()
-        self._parts = []
-        for slot in [*self._slots, *(slot for pair in self._peer_slots.values() for slot in pair)]:
-            slot.close()
-        self._slots, self._peer_slots = (), {}
+        self._buffers.close()
 
     # --- admission -------------------------------------------------------------------------------------------------
 
@@ -305,7 +291,7 @@ class Checkpointer:
     def _remove_leftovers(self) -> None:
         if self._leftovers and self.memory is not None:
             self._leftovers = False
-            self.memory.remove_before(self.epoch, self._kept)
+            self.memory.remove_before(self.epoch, self._buffers.kept)
 
     # --- what ranks tell each other of durable saves ---------------------------------------------------------------
 
@@ -359,78 +345,7 @@ class Checkpointer:
         if not math.isinf(worst):
             raise CheckpointError(f"rank {int(worst)} {what} {self.place}: its log says why")
 
-    # --- buffers ---------------------------------------------------------------------------------------------------
-
-    def _make_slots(self, peer: PeerLink | None) -> tuple[tuple[Slot, ...], dict[int, tuple[Slot, Slot]], bool]:
-        """Own slots, the partners' slots by rank, and whether the second slots hold a save that is whole everywhere."""
-        own, size_bytes = self.rank, self.layout.size_bytes
-        if self.memory is not None:
-            memory, held = self.memory, {}
-            sizes = peer.gather_sizes(size_bytes) if peer is not None else []
-            try:
-                memory.create()
-                held = memory.held()
-            except OSError as error:
-                log.warning("memory folder %s: %s", memory.folder, error)
-            # `recover` left at most one save here: the one that the run goes on from.
-            kept = next((save for save, shards in held.items() if self._fits(shards.get(own))), None)
-            both = self.agree([float(kept.epoch), float(kept.sequence), -float(kept.epoch), -float(kept.sequence)]
-                              if kept is not None else [-1.0, -1.0, -1.0, -1.0])  # fmt: skip
-            if kept is None or both[0] < 0 or both[0] != -both[2] or both[1] != -both[3]:
-                kept = None  # not all ranks have it: it stays aside until a new snapshot is whole
-            slots: dict[int, tuple[Slot, Slot]] = {}
-            try:
-                for rank in [own, *(peer.sources if peer is not None else ())]:
-                    expected = size_bytes if rank == own else sizes[rank]
-                    fits = rank == own or (kept is not None and rank in held[kept])
-                    slots[rank] = memory.slots(rank, expected, kept if fits else None)
-                error = None
-            except OSError as caught:
-                error = caught
-            if self.agree([float(error is None)])[0]:
-                return slots.pop(own), slots, kept is not None
-            for slot in [slot for pair in slots.values() for slot in pair]:
-                slot.close()
-                if slot.path is not None and slot.save is None:
-                    slot.path.unlink(missing_ok=True)
-            log.warning(
-                "%s has no room for two snapshots of %s bytes%s: going on without the memory tier; give the machine "
-                "or container more shared memory (--shm-size), or set checkpoint.memory_every to 0",
-                memory.folder, f"{size_bytes:,}", f" ({error.strerror})" if error else " on another rank",
-            )  # fmt: skip
-            self.memory = None
-        return (Slot.anonymous(own, size_bytes), Slot.anonymous(own, size_bytes)), {}, False
-
-    def _fits(self, shard: tuple[Index, bytes] | None) -> bool:
-        if shard is None:
-            return False
-        index, _ = shard
-        theirs = index.world_size, index.size_bytes, index.header_digest
-        return theirs == (self.world_size, self.layout.size_bytes, digest_of(self.layout.header))
-
-    def _fill_header(self, slot: Slot) -> list[Tensor]:
-        """Each piece's place in the slot. The header is the same for every save, so it is written once."""
-        view, layout = memoryview(slot.map), self.layout
-        if slot.save is None:
-            view[: len(layout.header)] = layout.header
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            _pin(slot)
-        return [
-            torch.frombuffer(view, dtype=torch.float32, count=piece.length, offset=begin)
-            if piece.length
-            else torch.empty(0)
-            for piece, begin in zip(layout.pieces, layout.begins, strict=True)
-        ]
-
     # --- the background thread -------------------------------------------------------------------------------------
-
-    def _ready(self, tensors: Sequence[Tensor]) -> list[torch.cuda.Event]:
-        """For each GPU an event after which its tensors have the values to save."""
-        events: list[torch.cuda.Event] = []
-        for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
-            self._streams.setdefault(device, torch.cuda.Stream(device))
-            events.append(torch.cuda.current_stream(device).record_event())
-        return events
 
     def _copy_all(self) -> None:
         while (job := self._jobs.get()) is not None:
@@ -442,37 +357,23 @@ class Checkpointer:
             except Exception as error:
                 self._fail(snapshot, f"snapshot of step {snapshot.save.step}: {error}")
             snapshot.copied.set()
+            begin, sealed = time.perf_counter(), False
             try:
-                sealed = self._send_to_partner(snapshot)  # in any case: the others count on it
+                sealed = self._buffers.exchange(snapshot.slot, snapshot.save, sealed=snapshot.failure is None)
             except Exception as error:
                 log.warning("snapshot of step %d did not reach the other nodes: %s", snapshot.save.step, error)
-                sealed = False
+            self._seconds["peer_s"] += time.perf_counter() - begin
             with self._heard:
                 snapshot.sealed, snapshot.ended = sealed, True
 
-    def _copy(self, snapshot: _Snapshot, tensors: list[Tensor], ready: list[torch.cuda.Event]) -> None:
-        begin, step = time.perf_counter(), snapshot.save.step
-        slot, parts = self._slots[snapshot.slot], self._parts[snapshot.slot]
-        slot.begin(snapshot.save)
-        for stream in self._streams.values():
-            for event in ready:
-                stream.wait_event(event)
-        half = len(parts) // 2
-        for number, (part, tensor) in enumerate(zip(parts, tensors, strict=True)):
-            if number == half:
-                failpoint("snapshot.copying", rank=self.rank, step=step)
-            if tensor.is_cuda:
-                with torch.cuda.stream(self._streams[tensor.device]):
-                    part.copy_(tensor, non_blocking=True)
-            else:
-                _copy_on_cpu(part, tensor)
-        on_devices = [(device, stream.record_event()) for device, stream in self._streams.items()]
-        snapshot.device_copied = on_devices
+    def _copy(self, snapshot: _Snapshot, tensors: Sequence[Tensor], ready: Sequence[torch.Event]) -> None:
+        begin = time.perf_counter()
+        snapshot.on_devices = self._buffers.copy(snapshot.slot, snapshot.save, tensors, ready)
         snapshot.copied.set()  # where a GPU copies yet, the order of its work keeps the tensors as they are
-        for _, event in on_devices:
-            event.synchronize()
+        for copy in snapshot.on_devices:
+            copy.done.synchronize()
         self._seconds["copy_s"] += time.perf_counter() - begin
-        failpoint("snapshot.copied", rank=self.rank, step=step)
+        failpoint("snapshot.copied", rank=self.rank, step=snapshot.save.step)
 
     def _seal(self, snapshot: _Snapshot) -> None:
         writer = self._writer
@@ -482,28 +383,9 @@ class Checkpointer:
         writer.send(seal=snapshot.save.name, **order)
         snapshot.digested.wait()
 
-    def _send_to_partner(self, snapshot: _Snapshot) -> bool:
-        """Whether the snapshot is sealed here, and what the other nodes send is too."""
-        if self.peer is None or self.memory is None:
-            return snapshot.failure is None
-        begin, save = time.perf_counter(), snapshot.save
-        pairs = {source: pair[snapshot.slot] for source, pair in self._peer_slots.items()}
-        for slot in pairs.values():
-            slot.begin(save)
-        failpoint("peer.sending", rank=self.rank, step=save.step)
-        shard, index = None, b""
-        if snapshot.failure is None:
-            shard = memoryview(self._slots[snapshot.slot].map)
-            index = (self.memory.folder / save.name / index_file(self.rank)).read_bytes()
-        received = self.peer.exchange(shard, index, {source: memoryview(slot.map) for source, slot in pairs.items()})
-        for source, text in received.items():
-            self.memory.seal(save, source, text)
-        self._seconds["peer_s"] += time.perf_counter() - begin
-        return snapshot.failure is None and len(received) == len(pairs)
-
     # --- the writer process ----------------------------------------------------------------------------------------
 
-    def _start_writer(self) -> _WriterProcess:
+    def _start_writer(self) -> WriterProcess:
         orders = Orders(
             rank=self.rank,
             world_size=self.world_size,
@@ -514,44 +396,44 @@ class Checkpointer:
             keep=self.tiers.keep,
             keep_every=self.tiers.keep_every,
             timeout_s=self.timeout_s,
-            slots=tuple(slot.descriptor for slot in self._slots),
+            slots=tuple(slot.descriptor for slot in self._buffers.own),
             pieces=tuple(astuple(piece) for piece in self.layout.pieces),
         )
-        return _WriterProcess(orders, self._hear, self._bury)
+        return WriterProcess(orders, self._hear, self._bury)
 
     def _hear(self, answer: dict[str, Any]) -> None:
         """An answer of the writer, in the thread that listens to it."""
         if "said" in answer:
             log.warning("%s", answer["said"])
+            return
         if "finished" in answer:
             with self._heard:
                 self._finished = answer["finished"]
                 self._heard.notify_all()
-        for act in ("sealed", "flushed", "committed", "uploaded"):
-            if act in answer:
-                self._seconds[f"{act}_s"] += answer["seconds"]
-        current = self._current
-        snapshot = None
-        for act in ("sealed", "flushed", "committed", "failed"):
-            if act in answer:
-                save = SaveId.parse(answer[act])
-                assert save is not None
-                snapshot = self._durable.get(save)
-                if snapshot is None and current is not None and current.save == save:
-                    snapshot = current
+            return
+        act = next(act for act in ("sealed", "flushed", "committed", "uploaded", "failed") if act in answer)
+        if act != "failed":
+            self._seconds[f"{act}_s"] += answer["seconds"]
+        snapshot = self._snapshot(answer[act])
         if snapshot is None:
             return
-        if "failed" in answer:
+        if act == "failed":
             self._fail(snapshot, f"{answer['act']} of step {snapshot.save.step}: {answer['why']}")
-        with self._heard:
-            if "flushed" in answer:
-                snapshot.flushed = True
-                if self.rank != 0:
-                    self._failures = 0
-            if "committed" in answer:
-                snapshot.committed, self._committed, self._failures = True, snapshot.save, 0
-        if "sealed" in answer:
+        elif act == "sealed":
             snapshot.digested.set()
+        with self._heard:
+            if act == "flushed":
+                snapshot.flushed = True
+            if act == ("committed" if self.rank == 0 else "flushed"):
+                self._failures = 0
+            if act == "committed":
+                self._committed = snapshot.save
+
+    def _snapshot(self, name: str) -> _Snapshot | None:
+        """The one that an answer is about, if it is known here yet."""
+        save, current = SaveId.parse(name), self._current
+        assert save is not None
+        return current if current is not None and current.save == save else self._durable.get(save)
 
     def _fail(self, snapshot: _Snapshot, why: str) -> None:
         log.warning("%s", why)
@@ -563,7 +445,7 @@ class Checkpointer:
                     self._failures += 1
         snapshot.digested.set()
 
-    def _bury(self, writer: _WriterProcess, status: int) -> None:
+    def _bury(self, writer: WriterProcess, status: int) -> None:
         """The writer died; what it had in hand came to nothing, and rank 0 is told so."""
         if self._writer is not writer:
             return
@@ -595,74 +477,3 @@ class Checkpointer:
 
     _failing: int | None = None  # a rank whose durable saves fail again and again
     _why: str | None = None  # what failed here last
-
-
-class _WriterProcess:
-    """A `checkpointing.writer`, and the thread that listens to it."""
-
-    def __init__(
-        self, orders: Orders, hear: Callable[[dict[str, Any]], None], bury: Callable[[_WriterProcess, int], None]
-    ) -> None:
-        root = str(Path(__file__).resolve().parent.parent)
-        path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH", "")) if part)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "checkpointing.writer"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            pass_fds=orders.slots,
-            env={**os.environ, "PYTHONPATH": path, "RANK": str(orders.rank)},
-        )
-        self.pid = self._process.pid
-        self._sending = threading.Lock()
-        self._write(orders.line())
-        self._listening = threading.Thread(target=self._listen, args=(hear, bury), daemon=True)
-        self._listening.start()
-
-    def send(self, **order: Any) -> None:
-        self._write(json.dumps(order))
-
-    def close(self) -> None:
-        """End it; it seals yet what it was told to."""
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.close()
-            self._process.wait(timeout=30)
-        except (OSError, subprocess.TimeoutExpired):
-            self._process.kill()
-            self._process.wait()
-        self._listening.join(timeout=5)
-
-    def _write(self, line: str) -> None:
-        assert self._process.stdin is not None
-        try:
-            with self._sending:
-                self._process.stdin.write(line + "\n")
-                self._process.stdin.flush()
-        except OSError as error:
-            raise CheckpointError(f"the writer process {self.pid} is gone: {error.strerror}") from error
-
-    def _listen(self, hear: Callable[[dict[str, Any]], None], bury: Callable[[_WriterProcess, int], None]) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            hear(json.loads(line))
-        bury(self, self._process.wait())
-
-
-def _copy_on_cpu(part: Tensor, tensor: Tensor) -> None:
-    # A plain memmove: torch would copy with a team of threads, which the step's own team needs. ctypes lets go of the GIL.
-    if not tensor.is_contiguous() or tensor.dtype != torch.float32:
-        raise CheckpointError(f"a snapshot is of flat fp32 tensors, not {tensor.dtype} of stride {tensor.stride()}")
-    if tensor.numel() != part.numel():
-        raise CheckpointError(f"a piece has {part.numel():,} elements, and the tensor for it {tensor.numel():,}")
-    ctypes.memmove(part.data_ptr(), tensor.data_ptr(), part.nbytes)
-
-
-def _pin(slot: Slot) -> None:
-    """Let the GPU copy straight into the slot."""
-    address = ctypes.addressof(ctypes.c_char.from_buffer(slot.map))
-    status = torch.cuda.cudart().cudaHostRegister(address, slot.size_bytes, 0)
-    if int(status) != 0:
-        log.warning(
-            "snapshot memory could not be pinned (CUDA error %d): copies from the GPU will be slower", int(status)
-        )

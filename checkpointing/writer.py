@@ -1,37 +1,41 @@
-"""The background process of one rank's saves: digests, disk, commit, remote. `python -m checkpointing.writer`, no torch.
+"""The background process of one rank's saves, without torch: digests, disk, commit, remote.
 
-It maps the two slots that the training process copies its state into (their descriptors are inherited), so no payload
-goes through a pipe. Orders and answers are JSON, one a line, on stdin and stdout:
+`python -m checkpointing.writer` maps the two slots that the training process copies its state into (it inherits their
+descriptors), so no payload goes through a pipe. Orders and answers are JSON, one a line, on stdin and stdout:
 
     first line    the `Orders` below
-    {"seal": SAVE, "slot": 0, "state": {...}, "durable": true}     -> {"sealed": SAVE} {"flushed": SAVE} {"committed": SAVE}
+    {"seal": SAVE, "slot": 0, "state": {...}, "durable": true}     -> {"sealed": SAVE}, and if durable
+                                                                      {"flushed": SAVE} {"committed": SAVE}
     {"finish": SAVE or null}     nothing more will come            -> {"finished": whether the remote store has it}
     at any time                                                    -> {"failed": SAVE, "act", "why"} {"said": TEXT}
 
-Answers carry "seconds". Only rank 0 commits, prunes, and says which save is to go to the remote store; each rank uploads
-its part of it. The process runs at the lowest priority: it takes what processor time the training step leaves.
+Answers carry "seconds". Only rank 0 commits, prunes, and says which save is to go to the remote store; each rank
+uploads its part of it. The process runs at the lowest priority: it takes what processor time the training step leaves.
 
 When stdin ends (the training process is gone, however it went), what was copied is sealed yet, so that the snapshot in
 memory counts; a write to the disk is left torn, and is never committed.
 """
+
+from __future__ import annotations
 
 import json
 import mmap
 import os
 import queue
 import signal
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from checkpointing import store
 from checkpointing.failpoints import failpoint
-from checkpointing.layout import CheckpointError, Piece, SaveId, ShardLayout, seal_index
+from checkpointing.layout import CheckpointError, Index, Piece, SaveId, ShardLayout, seal_index
 from checkpointing.memory import Memory
 from checkpointing.places import LocalPlace, Place, ShardFile, Unreachable, index_file, open_place, read_verified
 from checkpointing.sharded import write_shard
@@ -61,7 +65,7 @@ class Orders:
         return json.dumps(asdict(self))
 
     @classmethod
-    def parse(cls, line: str) -> "Orders":
+    def parse(cls, line: str) -> Orders:
         return cls(**json.loads(line))
 
 
@@ -91,8 +95,11 @@ _speaking = threading.Lock()
 class _Writer:
     def __init__(self, orders: Orders) -> None:
         self.orders = orders
-        self.layout = ShardLayout.of([Piece(k, n, o, length, tuple(shape)) for k, n, o, length, shape in orders.pieces])
-        self.views = [memoryview(mmap.mmap(slot, self.layout.size_bytes, prot=mmap.PROT_READ)) for slot in orders.slots]
+        pieces = [
+            Piece(kind, name, offset, length, tuple(shape)) for kind, name, offset, length, shape in orders.pieces
+        ]
+        self.layout = ShardLayout.of(pieces)
+        self.views = [_map(slot, self.layout.size_bytes) for slot in orders.slots]
         self.place = LocalPlace(Path(orders.disk))
         self.memory = None if orders.memory is None else Memory(Path(orders.memory))
         self.seals: queue.Queue[dict[str, Any] | None] = queue.Queue()
@@ -119,10 +126,12 @@ class _Writer:
 
     def _seal_all(self) -> None:
         while (order := self.seals.get()) is not None:
-            save, view = _parse(order["seal"]), self.views[order["slot"]]
+            save, slot = _parse(order["seal"]), int(order["slot"])
             with _telling(save, "seal"):
                 begin = time.perf_counter()
-                index = seal_index(self.layout, save, self.orders.rank, self.orders.world_size, view, order["state"])
+                index = seal_index(
+                    self.layout, save, self.orders.rank, self.orders.world_size, self.views[slot], order["state"]
+                )
                 if self.memory is not None:
                     self.memory.seal(save, self.orders.rank, index)
                 failpoint("shard.sealed", rank=self.orders.rank, step=save.step)
@@ -134,18 +143,23 @@ class _Writer:
         orders, size_bytes = self.orders, self.layout.size_bytes
         while True:
             save, order, index = self.flushes.get()
-            with _telling(save, "flush"):
+            with _telling(save, "flush"), self._giving_up(save):
                 begin = time.perf_counter()
-                try:
-                    self.place.open(save, size_bytes * orders.world_size)  # ranks' shares are about equal
-                except CheckpointError as error:
-                    store.report_failure(self.place, save, orders.rank, str(error))
-                    raise
-                view = self.views[order["slot"]]
+                self.place.open(save, size_bytes * orders.world_size)  # ranks' shares are about equal
+                view = self.views[int(order["slot"])]
                 write_shard(self.place, save, orders.rank, orders.world_size, self.layout, view, index)
                 say(flushed=save.name, seconds=time.perf_counter() - begin)
                 if orders.rank == 0:
                     self._commit(save, order["state"])
+
+    @contextmanager
+    def _giving_up(self, save: SaveId) -> Generator[None]:
+        """A save that fails is told of to the other ranks, and its room on the disk is given back."""
+        try:
+            yield
+        except Exception as error:
+            store.give_up(self.place, save, self.orders.rank, self.orders.world_size, str(error))
+            raise
 
     def _commit(self, save: SaveId, state: dict[str, Any]) -> None:
         orders, begin = self.orders, time.perf_counter()
@@ -254,7 +268,7 @@ class _Uploads:
                 store.prune(remote, self.orders.keep, self.orders.keep_every)
         self.last = save
 
-    def _upload_shard(self, save: SaveId, index: Any) -> None:
+    def _upload_shard(self, save: SaveId, index: Index) -> None:
         """One shard, each chunk verified on its way, then its index."""
         assert self.remote is not None
         if self.remote.has(save, index_file(index.rank)):
@@ -292,10 +306,66 @@ class _telling:  # noqa: N801  (a context manager)
         return True
 
 
+def _map(descriptor: int, size_bytes: int) -> memoryview:
+    return memoryview(mmap.mmap(descriptor, size_bytes, prot=mmap.PROT_READ)).cast("B")
+
+
 def _parse(name: str) -> SaveId:
     save = SaveId.parse(name)
     assert save is not None, name
     return save
+
+
+class WriterProcess:
+    """The training process's side: starts a writer, orders it about, and has a thread that listens to it."""
+
+    def __init__(
+        self, orders: Orders, hear: Callable[[dict[str, Any]], None], bury: Callable[[WriterProcess, int], None]
+    ) -> None:
+        root = str(Path(__file__).resolve().parent.parent)
+        path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH", "")) if part)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "checkpointing.writer"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            pass_fds=orders.slots,
+            env={**os.environ, "PYTHONPATH": path, "RANK": str(orders.rank)},
+        )
+        self.pid = self._process.pid
+        self._sending = threading.Lock()
+        self._write(orders.line())
+        self._listening = threading.Thread(target=self._listen, args=(hear, bury), daemon=True)
+        self._listening.start()
+
+    def send(self, **order: Any) -> None:
+        self._write(json.dumps(order))
+
+    def close(self) -> None:
+        """End it; it seals yet what it was told to."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.close()
+            self._process.wait(timeout=30)
+        except (OSError, subprocess.TimeoutExpired):
+            self._process.kill()
+            self._process.wait()
+        self._listening.join(timeout=5)
+
+    def _write(self, line: str) -> None:
+        assert self._process.stdin is not None
+        try:
+            with self._sending:
+                self._process.stdin.write(line + "\n")
+                self._process.stdin.flush()
+        except OSError as error:
+            raise CheckpointError(f"the writer process {self.pid} is gone: {error.strerror}") from error
+
+    def _listen(self, hear: Callable[[dict[str, Any]], None], bury: Callable[[WriterProcess, int], None]) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            hear(json.loads(line))
+        bury(self, self._process.wait())
 
 
 if __name__ == "__main__":

@@ -22,19 +22,24 @@ from train import check_packages
 def main() -> int:
     """Exit status: 0 where no figure misses its target, 1 otherwise. What is under way is told on stderr."""
     check_packages()
-    from train.benchmarks import checkpoint, data, pii, train
+    from train.benchmarks import data, pii, train
+    from train.benchmarks_checkpoint import checkpoint
+    from train.benchmarks_goodput import goodput
     from train.benchmarks_privacy import dp
     from train.measurements import all_met, measurement
 
-    benchmarks = {"dp": dp, "train": train, "checkpoint": checkpoint, "data": data, "pii": pii}
+    benchmarks = {"dp": dp, "train": train, "checkpoint": checkpoint, "data": data, "pii": pii, "goodput": goodput}
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=benchmarks, help="what to measure")
     parser.add_argument("--json", type=Path, metavar="F", help="write machine, versions, commit and rows to this file")
+    parser.add_argument("--picture", type=Path, metavar="F", help="with goodput: draw it to this PNG file")
     arguments = parser.parse_args()
+    if arguments.picture and arguments.what != "goodput":
+        parser.error("--picture draws goodput: leave it out")
 
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("train").setLevel(logging.INFO)
-    rows = benchmarks[arguments.what]()
+    rows = goodput(arguments.picture) if arguments.picture else benchmarks[arguments.what]()
     measured = measurement(rows)
     Console(width=None if sys.stdout.isatty() else 140).print(_table(measured))
     if arguments.json:

@@ -1,12 +1,12 @@
 """What this machine does with the parts that matter, each measured beside what it is compared to, in one run.
 
 Rivals run in turn, and a ratio is the median over rounds of the two times in one round: machines drift, and what runs
-side by side drifts together. What privacy costs is in `train.benchmarks_privacy`.
+side by side drifts together. What privacy costs is in `train.benchmarks_privacy`, and what saves cost in
+`train.benchmarks_checkpoint`.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
 import statistics
 import tempfile
@@ -17,8 +17,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from checkpointing.sharded import Chunk, latest, save_now
-from checkpointing.store import LocalPlace, SaveId, newest_whole
 from models.dit import DiT, DiTConfig
 from models.flow import Objective
 from privacy.pii.patterns import detect
@@ -80,34 +78,6 @@ def train() -> list[Row]:
     return [
         Row(name="train.nano_images_a_second", value=records / elapsed, unit="images/s"),
         Row(name="train.nano_model_flops", value=flops / elapsed / 1e12, unit="TFLOP/s"),
-    ]
-
-
-def checkpoint(size_bytes: int = 1 << 28) -> list[Row]:
-    """A synchronous save, a verification and a read of 256 MiB, over a plain torch.save of the same tensor."""
-    data = torch.randn(size_bytes // 4)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        place, sequence = LocalPlace(folder / "ours"), itertools.count(1)
-        chunk = Chunk("param", "weight", 0, (len(data),), data)
-
-        def rival() -> None:
-            with (folder / "rival.pt").open("wb") as file:
-                torch.save(data, file)
-                file.flush()
-
-        works = {"ours": lambda: save_now(place, SaveId(1, next(sequence), 1), [chunk], {}), "torch": rival}
-        for work in works.values():
-            work()
-        saved = ratio(interleaved(works, rounds=3), "ours", "torch")
-        verified = seconds(lambda: newest_whole(place))
-        found = latest(folder / "ours")
-        assert found is not None
-        read = seconds(lambda: found.read("param", "weight"))
-    return [
-        Row(name="checkpoint.synced_save_over_unsynced_torch_save", value=saved, unit="1"),
-        Row(name="checkpoint.verify", value=size_bytes / verified / 1e9, unit="GB/s"),
-        Row(name="checkpoint.read", value=size_bytes / read / 1e9, unit="GB/s"),
     ]
 
 

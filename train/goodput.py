@@ -28,7 +28,9 @@ DAY_S = 86_400.0
 NODE_MTBF_S = 54 * DAY_S * (16_384 / 8) / 419
 # A job of any size is stopped about daily by something that no memory outlives: preemption, maintenance, a person.
 JOB_MTBF_S = DAY_S
-COMMITTING_SHARE = 0.1  # of the time a disk that others use too is written to
+# A disk that others use too is written to a tenth of the time, unless that costs half a percent in work lost: half an
+# interval a failure.
+COMMITTING_SHARE, SPARING_COST = 0.1, 0.005
 
 RECOVERY = ("saving", "detecting", "waiting", "restarting", "loading")
 TIERS = ("memory", "peer", "disk")
@@ -303,7 +305,13 @@ class _Saves:
 
     def reached(self, begun: Ints, up_R: Floats, step_s: Floats) -> Ints:
         """The newest step finished `up_R` seconds after setting out from `begun`; `begun` where that is negative."""
-        low, high = begun, begun + np.maximum(up_R // step_s, 0).astype(np.int64)
+        # Bounds: no save at all; and one save, and two snapshots, more than their share of the steps.
+        share_s = self.save_s / self.every
+        if self.memory_every:
+            share_s += (1 / self.memory_every - 1 / self.both) * self.snapshot_s
+        extra_s = self.save_s + 2 * self.snapshot_s
+        low = begun + np.maximum((up_R - extra_s) // (step_s + share_s), 0).astype(np.int64)
+        high = begun + np.maximum(up_R // step_s, 0).astype(np.int64)
         paid = self.stalls(begun)
         while (low < high).any():
             middle = (low + high + 1) // 2
@@ -346,9 +354,9 @@ def recommend_interval(
 
     `step_s` and `save_s` are measured: a step, and what the loop loses to one save, all told. `mtbf_s` is the time
     between failures of the whole job that memory does not outlive; by default one a day, and one for each node as often
-    as Llama 3's nodes failed. The answer is Daly's optimum in whole steps, long enough that the saves' way to the disk
-    (`commit_s` each) takes a tenth of the time at most, and a multiple of `multiple_of` where that is shorter, so that
-    a save falls on a snapshot.
+    as Llama 3's nodes failed. The answer is Daly's optimum in whole steps, but at least one save's way to the disk
+    (`commit_s`), and ten of them where that costs half a percent at most; and a multiple of `multiple_of` where that is
+    shorter, so that a save falls on a snapshot.
     """
     if step_s <= 0 or save_s < 0 or commit_s < 0 or nodes < 1 or (mtbf_s is not None and mtbf_s <= 0):
         raise ValueError(
@@ -358,6 +366,6 @@ def recommend_interval(
     if mtbf_s is None:
         mtbf_s = 1 / (1 / JOB_MTBF_S + nodes / NODE_MTBF_S)
     best = daly_interval_s(save_s, mtbf_s) / step_s
-    least = commit_s / COMMITTING_SHARE / step_s
+    least = max(commit_s, min(commit_s / COMMITTING_SHARE, 2 * SPARING_COST * mtbf_s)) / step_s
     unit = multiple_of if max(best, least) > multiple_of else 1
     return unit * max(1, round(best / unit), math.ceil(least / unit))

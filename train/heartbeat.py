@@ -158,18 +158,20 @@ class Finding:
     status: int | None = None
 
 
-def make_folder(stage_folder: Path, node_rank: int) -> Path:
-    """An empty folder in memory for the pages of one attempt at the stage on this node, for this user alone.
-
-    Its name follows from the stage's, so that a killed launch leaves one behind at most.
-    """
+def pages_folder(stage_folder: Path, node_rank: int = 0) -> Path:
+    """Where the pages of the stage's ranks on a node are: in memory, under a name that follows from the stage's."""
     memory = Path("/dev/shm")
-    root = (memory if os.access(memory, os.W_OK) else Path(tempfile.gettempdir())) / f"sfumato-{os.getuid()}"
-    root.mkdir(mode=0o700, exist_ok=True)
-    if root.stat().st_uid != os.getuid():
-        raise PermissionError(f"{root} belongs to another user: remove it, or have its owner do so")
+    root = memory if os.access(memory, os.W_OK) else Path(tempfile.gettempdir())
     name = hashlib.sha256(str(stage_folder.resolve()).encode()).hexdigest()[:16]
-    folder = root / f"heartbeats-{name}-{node_rank}"
+    return root / f"sfumato-{os.getuid()}" / f"heartbeats-{name}-{node_rank}"
+
+
+def make_folder(stage_folder: Path, node_rank: int) -> Path:
+    """`pages_folder`, made anew and empty, for this user alone; what a killed launch left there is gone."""
+    folder = pages_folder(stage_folder, node_rank)
+    folder.parent.mkdir(mode=0o700, exist_ok=True)
+    if folder.parent.stat().st_uid != os.getuid():
+        raise PermissionError(f"{folder.parent} belongs to another user: have its owner remove it")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(mode=0o700)
     return folder

@@ -4,7 +4,7 @@ The state is the weights, AdamW's two moments and the weights' average, in fp32,
 exp_avg_sq and ema. Each rank lists the flat ranges it answers for; a load asks for the ranges it holds, whoever saved
 them. Nothing here ever holds a whole model: at most one chunk of a checkpoint, or one tensor of a new model.
 
-    backend = build_model(lambda: DiT(config), world, parallel, optim, ...)     # train.parallel: room, and nothing in it
+    backend = build_model(lambda: DiT(config), world, parallel, optim, ...)     # room, and nothing in it yet
     average = ExponentialMovingAverage(backend, decay)
     restore(checkpoint, backend, average)                                       # to go on, or to begin:
     initialise(backend, seed) or load_weights(checkpoint, backend); average.restart()

@@ -400,7 +400,8 @@ class _Running:
             if (finding := self.watch.look()) is not None:  # which rank it was
                 self._note(finding)
             elif self.watch.pids:
-                self.what = "the launcher of its ranks ended before them"
+                self.what, since_s = "the launcher of its ranks ended before them", self.policy.poll_s
+                self.timeline.event("detected", cause="died", rank=None, since_s=since_s, text=self.what)
             self.seen = self.seen or time.monotonic()
 
     def _look(self) -> bool:

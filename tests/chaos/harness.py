@@ -298,7 +298,7 @@ def remove_tree(folder: Path) -> None:
 
 # --- the matrix ---
 
-STEP_PLACES = ("step.computed@step=9", "snapshot.copying@step=8", "snapshot.copied@step=10")
+STEP_PLACES = ("step.computed@step=9", "snapshot.copying@step=8", "snapshot.copied@step=8")
 WRITER_PLACES = (
     "shard.sealed@step=8",
     "attempt.opened@step=8",

@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import sys
+import time
 import warnings
 import zlib
 from collections.abc import Sequence
@@ -21,7 +22,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from checkpointing import disk
 from checkpointing.failpoints import failpoint
 from checkpointing.layout import Piece
 from checkpointing.recovery import recover
@@ -32,7 +32,7 @@ from tests.chaos import faulty_disk
 
 STEPS, MEMORY_EVERY, DURABLE_EVERY, KEEP = 12, 2, 4, 2
 DRAINED = 11  # from here on the save of step 8 is durable, or is known not to be
-TIMEOUT_S = 6.0
+STEP_S, TIMEOUT_S = 0.02, 6.0
 EXIT_WRONG, EXIT_REFUSED = 99, 2  # the state that was loaded is not what was saved; a CheckpointError said so
 SHAPES: dict[tuple[str, str], tuple[int, ...]] = {
     (kind, name): shape
@@ -152,12 +152,10 @@ def _train(folder: Path, epoch: int, rank: int, world_size: int, plain: bool, ac
         account.tell(loaded=found.save.name, where=found.where, wrong=wrong)
         if wrong:
             sys.exit(EXIT_WRONG)
-    if rank == 0:
-        disk.make_folder(tiers.disk)
-    _agree([1.0])
     known = {"rank": rank, "world_size": world_size, "epoch": epoch, "timeout_s": TIMEOUT_S}
     with _Plain(tiers, pieces, **known) if plain else Checkpointer(tiers, pieces, agree=_agree, **known) as saver:
         for step in range(first, STEPS):
+            time.sleep(STEP_S)
             _agree([1.0])  # as the gradients' all-reduce
             saver.settle()
             done = step + 1

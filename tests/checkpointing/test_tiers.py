@@ -33,9 +33,7 @@ def tiers(tmp_path: Path) -> Iterator[Tiers]:
 
 
 def open_alone(tiers: Tiers, epoch: int = 1) -> Checkpointer:
-    return Checkpointer(
-        tiers, PIECES, rank=0, world_size=1, epoch=epoch, agree=lambda values: values, timeout_s=20
-    )
+    return Checkpointer(tiers, PIECES, rank=0, world_size=1, epoch=epoch, agree=lambda values: values, timeout_s=20)
 
 
 def at(step: int) -> list[torch.Tensor]:
@@ -176,9 +174,7 @@ def test_where_memory_is_short_the_run_goes_on_without_that_tier(
 # --- what goes wrong -----------------------------------------------------------------------------------------------
 
 
-def test_a_dead_writer_is_seen_and_the_next_save_starts_another(
-    tiers: Tiers, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_dead_writer_is_seen_and_the_next_save_starts_another(tiers: Tiers, caplog: pytest.LogCaptureFixture) -> None:
     with open_alone(tiers) as checkpointer:
         take_whole(checkpointer, 1)
         kill_writer(checkpointer)
@@ -233,9 +229,7 @@ def test_a_run_that_was_taken_over_commits_nothing_more(tiers: Tiers, tmp_path: 
     assert committed(open_place(tiers.disk)) == []
 
 
-def test_without_a_drain_nothing_half_written_is_ever_read(
-    tiers: Tiers, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_drain_nothing_half_written_is_ever_read(tiers: Tiers, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SFUMATO_FAILPOINT", "shard.half_written!delay=30")
     begin = time.monotonic()
     with open_alone(tiers) as checkpointer:

@@ -48,7 +48,7 @@ CHAIN = {
 STOP, END = 1, 3  # rungs at which a run stops that is resumed at the same world size
 SEED = 7
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
 
 def run_workers(base: Path, nproc: int, tasks: list[str]) -> None:

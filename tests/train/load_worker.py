@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 tests/train/load_worker.py CHECKPOINTS OUT BACKEND
 
-Writes OUT/RANK.json: bytes of the rank's own state, and how far resident memory rose above what it was before the model
-was built: `peak` at most, `after` at the end.
+Writes OUT/RANK.json: bytes of the rank's own state (`share`), and by how much resident memory had risen at most when
+the model stood, with nothing in it (`built`), and when its state was loaded (`loaded`).
 """
 
 import json
@@ -31,12 +31,9 @@ def memory(what: str) -> int:
     return int(found[1]) * 1024
 
 
-def build(config: DiTConfig, world: World, backend: str) -> tuple[Backend, ExponentialMovingAverage]:
-    parallel = Parallel(backend=backend, nproc=world.size)  # type: ignore[arg-type]
-    built = build_model(
-        lambda: DiT(config), world, parallel, Optim(learning_rate=1e-3), microbatch_size=1, bf16=False
-    )  # fmt: skip
-    return built, ExponentialMovingAverage(built, 0.9)
+def build(config: DiTConfig, world: World, backend: str) -> Backend:
+    parallel, optim = Parallel(backend=backend, nproc=world.size), Optim(learning_rate=1e-3)  # type: ignore[arg-type]
+    return build_model(lambda: DiT(config), world, parallel, optim, microbatch_size=1, bf16=False)
 
 
 def main() -> None:
@@ -49,10 +46,10 @@ def main() -> None:
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
     before = memory("VmRSS")
     checkpoint = Checkpoint.open(folder)
-    built, average = build(DiTConfig(**checkpoint.state["model"]), world, backend)
-    restore(checkpoint, built, average)
-    share = 4 * 4 * sum(shard.numel for shard in built.shards)
-    figures = {"share": share, "peak": memory("VmHWM") - before, "after": memory("VmRSS") - before}
+    built = build(DiTConfig(**checkpoint.state["model"]), world, backend)
+    figures = {"built": memory("VmHWM") - before}
+    restore(checkpoint, built, ExponentialMovingAverage(built, 0.9))
+    figures |= {"loaded": memory("VmHWM") - before, "share": 4 * 4 * sum(shard.numel for shard in built.shards)}
     (out / f"{world.rank}.json").write_text(json.dumps(figures))
     world.barrier()
     del warm

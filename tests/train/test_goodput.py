@@ -247,6 +247,8 @@ def test_saves_on_disk_fall_on_snapshots_and_leave_the_disk_time() -> None:
     assert recommend_interval(1.0, 1.0, multiple_of=10) % 10 == 0
     assert recommend_interval(100.0, 1.0, multiple_of=10) == round(daly_interval_s(1.0, DAY_S) / 100)  # the shorter one
     assert recommend_interval(1.0, 0.0, commit_s=60) == 600
+    assert recommend_interval(1.0, 0.0, commit_s=60, mtbf_s=20_000) == 200  # where half a percent is lost to that
+    assert recommend_interval(1.0, 0.0, commit_s=60, mtbf_s=2_000) == 60  # a save waits for the one before
     assert recommend_interval(1.0, 0.0, commit_s=60, multiple_of=7) == 602
     assert recommend_interval(1.0, 0.0) == 1
 

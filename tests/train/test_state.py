@@ -206,7 +206,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("backend", "nproc"), [("single", 1), ("fsdp2", 2), ("zero3", 2)])
+@pytest.mark.parametrize(("backend", "nproc"), [("single", 1), ("fsdp2", 4), ("zero3", 2)])
 def test_a_load_takes_a_ranks_own_share_of_memory_and_one_chunk(
     large: Path, tmp_path: Path, backend: str, nproc: int
 ) -> None:
@@ -218,7 +218,8 @@ def test_a_load_takes_a_ranks_own_share_of_memory_and_one_chunk(
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     for rank in range(nproc):
         figures = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert figures["share"] > 3 * 4 * CHUNK_ELEMENTS, "too small to tell a share from a chunk"
         # DeepSpeed keeps the weights twice, and room for their gradients, which is half as much again.
         own = figures["share"] * (1.5 if backend == "zero3" else 1)
-        assert figures["peak"] <= 1.2 * own + 4 * CHUNK_ELEMENTS, figures
+        assert figures["loaded"] <= 1.2 * own + 4 * CHUNK_ELEMENTS, figures
+        if backend == "fsdp2":  # weights and AdamW's moments; the whole model beside them would be seen
+            assert figures["built"] <= 1.2 * 3 / 4 * own, figures
