@@ -18,6 +18,7 @@ EPILOG = """examples:
   launch.py configs/digits --only eval                       one stage again where it was left
   launch.py configs/imagenet_dit_xl2 --dry-run               plan, parameters, memory, epsilon; starts nothing
   launch.py configs/imagenet_dit_xl2 --launcher slurm --nnodes 2 --submit
+  launch.py configs/imagenet_dit_xl2 --launcher kubernetes --nnodes 2 --image registry.example/sfumato:1
 
 On several nodes start it once a node, with the run folder on a shared disk, MASTER_ADDR naming the first node and
 NODE_RANK counting from 0 (under Slurm both are found). Ctrl-C saves and stops; twice stops at once.
@@ -54,12 +55,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--from", metavar="STAGE", dest="first", help="begin at this stage")
     add("--until", metavar="STAGE", dest="last", help="end after this stage")
     add("--set", metavar="KEY=VALUE", dest="overrides", action="append", default=[], help="override a key; repeatable")
-    add("--launcher", choices=("torchrun", "deepspeed", "slurm"), default="torchrun", help="(default: %(default)s)")
+    launchers = ("torchrun", "deepspeed", "slurm", "kubernetes")
+    add("--launcher", choices=launchers, default="torchrun", help="(default: %(default)s); the last two write a job")
     add("--nproc", type=int, help="processes a node, instead of parallel.nproc")
     add("--nnodes", type=int, default=1, help="nodes (default: %(default)s)")
     add("--port", type=int, help="where ranks meet (default: a free one; on several nodes MASTER_PORT or 29500)")
     add("--dry-run", action="store_true", help="print the plan, the memory and the epsilon; start nothing")
     add("--submit", action="store_true", help="with --launcher slurm: submit the script too")
+    add("--image", help="with --launcher kubernetes: an image with this repository as its working directory")
+    add("--claim", default="sfumato-runs", help="likewise: the volume claim for run folders (default: %(default)s)")
     return parser
 
 

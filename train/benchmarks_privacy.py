@@ -35,8 +35,8 @@ from privacy.secrets import signing_seed
 from train.benchmarks import Work, fixed_losses, initialised, interleaved, one_process, ratio, seconds
 from train.config import OPERATIONAL, DiTModel, FinetuneStage, Optim, Parallel, PretrainStage, Privacy, Train
 from train.data import Indices, Prefetcher, ShardDataset, public_batch
-from train.images import encode_png
 from train.health import Health
+from train.images import encode_png
 from train.measurements import Row
 from train.optim import ExponentialMovingAverage
 from train.parallel import Backend

@@ -1,4 +1,4 @@
-"""What a lost rank costs: the digits recipe on two ranks, one of them killed or stopped by a real signal in mid-step."""
+"""What a lost rank costs: the digits recipe on two ranks, one of them killed or stopped by a real signal."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 def restart() -> list[Row]:
-    """Kill -9 of one of two ranks, three times, and a stop of one; parts of the time as the launch itself tells them."""
+    """Kill -9 of one of two ranks, three times, and a stop of one; what it took, as the launch itself tells it."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         subprocess.run(_launch(run, "--until", "filter"), check=True, stdout=subprocess.DEVNULL)

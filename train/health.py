@@ -106,8 +106,8 @@ class Health:
         found = f"step {step} of {self.stage.name} is bad: {what}"
         if self.policy == "stop":
             raise ValueError(
-                f"{found}. Lower optim.learning_rate or raise optim.warmup_steps, or let supervision.bad_steps replay it"
-                f"{'' if self.stage.kind == 'finetune_dp' else ' or skip it'}; saves from before it are good"
+                f"{found}. Lower optim.learning_rate or raise optim.warmup_steps, or let supervision.bad_steps replay "
+                f"it{'' if self.stage.kind == 'finetune_dp' else ' or skip it'}; saves from before it are good"
             )
         if step in self._noted:
             raise ValueError(f"{found}, and it was before ({self.path}): running it again does not help")

@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -18,7 +16,6 @@ import torch
 from rich.console import Console
 
 from privacy.secrets import create_key_file
-from train import ROOT
 from train.config import FinetuneStage, StageConfig, TrainStage
 from train.display import StageDisplay
 from train.launchers import (
@@ -26,7 +23,6 @@ from train.launchers import (
     LaunchError,
     Placement,
     check_port,
-    sbatch_script,
     stage_command,
     stage_environment,
     worker_arguments,
@@ -37,6 +33,7 @@ from train.recipe import Recipe, load_recipe
 from train.rendezvous import ManyNodes, Meeting, NodeLost, OneNode, Rendezvous, Team
 from train.report import print_plan, print_summary, write_summary
 from train.run_folder import RunFolder, RunFolderError
+from train.schedulers import SCHEDULERS, hand_over
 from train.supervisor import Outcome, Reason, RestartPolicy, StopRequest, run_stage, stop_on_signals
 
 # What the launch ends with where restarts brought a stage no further.
@@ -60,8 +57,8 @@ def launch(arguments: argparse.Namespace) -> int:
     if arguments.port is not None and placement.node_rank == 0:
         check_port(arguments.port)
     run = RunFolder.open(run_dir, recipe.name)
-    if arguments.launcher == "slurm":
-        return _slurm(arguments, recipe, stages, run)
+    if arguments.launcher in SCHEDULERS:
+        return hand_over(arguments, recipe, stages, run)
     with run.launch_lock() if placement.node_rank == 0 else nullcontext():
         return _Run(recipe, run, placement, console).run_all(stages)
 
@@ -88,7 +85,7 @@ class _Run:
                     outcome = self._run(stage, stop)
                 except NodeLost as error:
                     print(f"error: stage {stage.name} ended: {error}", file=sys.stderr)
-                    return 1
+                    return 128 + signal.SIGHUP  # hung up on: a scheduler starts this launch again, beside a new one
                 if outcome is None or outcome.status == "interrupted":
                     return self._stopped(stage, stop)
                 if outcome.status != "finished":
@@ -238,7 +235,7 @@ def _selected(recipe: Recipe, arguments: argparse.Namespace) -> list[StageConfig
 def _placement(arguments: argparse.Namespace) -> Placement:
     if arguments.nnodes < 1:
         raise LaunchError(f"--nnodes is {arguments.nnodes}: give 1 or more")
-    if arguments.nnodes == 1 or arguments.launcher == "slurm" or arguments.dry_run:
+    if arguments.nnodes == 1 or arguments.launcher in SCHEDULERS or arguments.dry_run:
         return Placement(arguments.launcher, arguments.nnodes, port=arguments.port)
     address = os.environ.get("MASTER_ADDR")
     if address is None:
@@ -248,29 +245,3 @@ def _placement(arguments: argparse.Namespace) -> Placement:
         raise LaunchError(f"NODE_RANK is {node_rank}: set it to this node's number, 0 to {arguments.nnodes - 1}")
     port = arguments.port or int(os.environ.get("MASTER_PORT") or DEFAULT_PORT)
     return Placement(arguments.launcher, arguments.nnodes, int(node_rank), address, port)
-
-
-def _slurm(arguments: argparse.Namespace, recipe: Recipe, stages: Sequence[StageConfig], run: RunFolder) -> int:
-    """Write RUN/sfumato.sbatch, which runs this very command under torchrun on each node; submit it if asked."""
-    training = [stage.parallel for stage in stages if isinstance(stage, TrainStage)]
-    gpus = max((parallel.nproc for parallel in training if parallel.hardware != "cpu"), default=0)
-    launch = [sys.executable, str(ROOT / "scripts" / "launch.py"), str(arguments.recipe), "--run-dir", str(run.path)]
-    for option, value in (("--only", arguments.only), ("--from", arguments.first), ("--until", arguments.last)):
-        launch += [option, value] if value else []
-    for override in arguments.overrides:
-        launch += ["--set", override]
-    if arguments.nproc is not None:
-        launch += ["--nproc", str(arguments.nproc)]
-    launch += ["--nnodes", str(arguments.nnodes)]
-    script = run.path / "sfumato.sbatch"
-    port = arguments.port or DEFAULT_PORT
-    script.write_text(
-        sbatch_script(recipe.name, run.path, launch, nnodes=arguments.nnodes, gpus=gpus, port=port), encoding="utf-8"
-    )
-    print(f"wrote {script}")
-    if not arguments.submit:
-        print(f"submit it with: sbatch {script}")
-        return 0
-    if shutil.which("sbatch") is None:
-        raise LaunchError(f"--submit needs sbatch, which is not on PATH here: run `sbatch {script}` on a login node")
-    return subprocess.run(["sbatch", str(script)], check=False).returncode

@@ -1,9 +1,8 @@
-"""Command lines: how a stage's processes are started by torchrun, deepspeed or plain python, and Slurm's script."""
+"""Command lines: how a stage's processes are started by torchrun, deepspeed or plain python."""
 
 from __future__ import annotations
 
 import os
-import shlex
 import socket
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from train import ROOT
 from train.config import StageConfig, TrainStage
 from train.rendezvous import Team
 
-LauncherName = Literal["torchrun", "deepspeed", "slurm"]
+LauncherName = Literal["torchrun", "deepspeed", "slurm", "kubernetes"]
 DEFAULT_PORT = 29500
 
 
@@ -113,41 +112,3 @@ def check_port(port: int) -> None:
                 f"--port {port} cannot be used ({error.strerror}): give another, such as {free_port()}, "
                 "or none on a single node"
             ) from error
-
-
-def sbatch_script(name: str, run_dir: Path, launch: Sequence[str], *, nnodes: int, gpus: int, port: int) -> str:
-    """An sbatch script that runs the command `launch` once a node.
-
-    Slurm sends SIGTERM two minutes before the time limit, or on preemption: the stage saves, and the job is queued
-    again. Account, partition and time limit come from SBATCH_ACCOUNT, SBATCH_PARTITION and SBATCH_TIMELIMIT.
-    """
-    gpu_line = f"#SBATCH --gpus-per-node={gpus}\n" if gpus else ""
-    return f"""#!/bin/bash
-#SBATCH --job-name=sfumato-{name}
-#SBATCH --nodes={nnodes}
-#SBATCH --ntasks-per-node=1
-{gpu_line}#SBATCH --output={run_dir.resolve()}/slurm-%j.txt
-#SBATCH --open-mode=append
-#SBATCH --signal=B:TERM@120
-#SBATCH --requeue
-# Account, partition and time limit: set SBATCH_ACCOUNT, SBATCH_PARTITION, SBATCH_TIMELIMIT before sbatch.
-
-cd {shlex.quote(str(Path.cwd()))} || exit 1
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MASTER_ADDR MASTER_PORT={port}
-
-told=0
-trap 'told=1; kill -TERM "$step"' TERM
-srun --kill-on-bad-exit=1 {shlex.join(launch)} &
-step=$!
-wait "$step"
-status=$?
-while kill -0 "$step" 2>/dev/null; do  # the trap ended the wait, not the step
-  wait "$step"
-  status=$?
-done
-if [ "$told" = 1 ]; then
-  scontrol requeue "$SLURM_JOB_ID"
-fi
-exit "$status"
-"""

@@ -91,13 +91,35 @@ def train(stage: TrainStage, run: RunFolder, world: World, fencing_epoch: int, h
     with ExitStack() as stack:
         stop = stack.enter_context(_stop_on_signal())
         heartbeat.section("load")
-        folder = run.stage_folder(stage.name)
-        timeline = Timeline(folder, enabled=world.rank == 0)
-        timeline.event("joined")
-        dataset = open_split(run, stage)
-        config = architecture(run, stage)
-        _require_classes(dataset, config)
-        backend = build_model(
+        training = _Training(stage, run, world, fencing_epoch, stack)
+        heartbeat.section("step")
+        done, stopping = training.first, False
+        while done < stage.train.steps and not stopping:
+            training.step(done)
+            done += 1
+            heartbeat.beat(done)
+            stopping = world.any(stop.is_set())
+            with heartbeat.section("save"):
+                training.save_if_due(done, stopping=stopping)
+        with heartbeat.section("save"):
+            saved = training.saves.finish()
+        if done < stage.train.steps:
+            training.timeline.event("stopped", step=done, why="signal")
+            raise Preempted(f"stage {stage.name} was told to stop: step {done} of {stage.train.steps} is saved")
+        heartbeat.section("finish")
+        return training.trained(saved)
+
+
+class _Training:
+    """A training stage under way: all that a step and a save need, opened in the order in which it can be refused."""
+
+    def __init__(self, stage: TrainStage, run: RunFolder, world: World, fencing_epoch: int, stack: ExitStack) -> None:
+        self.stage, self.run, folder = stage, run, run.stage_folder(stage.name)
+        self.timeline = Timeline(folder, enabled=world.rank == 0)
+        self.timeline.event("joined")
+        dataset, config = open_split(run, stage), architecture(run, stage)
+        _require_fit(dataset, config, world)
+        self.backend = build_model(
             lambda: DiT(config),
             world,
             stage.parallel,
@@ -107,63 +129,71 @@ def train(stage: TrainStage, run: RunFolder, world: World, fencing_epoch: int, h
             bf16=stage.train.precision == "bf16" and not isinstance(stage, FinetuneStage),
             max_grad_norm=stage.train.max_grad_norm,
         )
-        average = ExponentialMovingAverage(backend, stage.optim.ema_decay)
-        saves = Saves(stage, run, backend, average, fencing_epoch, timeline)
-        checkpoint = saves.recover()
+        average = ExponentialMovingAverage(self.backend, stage.optim.ema_decay)
+        self.saves = Saves(stage, run, self.backend, average, fencing_epoch, self.timeline)
+        checkpoint = self.saves.recover()
         if checkpoint is not None:
             _require_same_config(checkpoint, stage)
-        mechanism = None
+        self.mechanism: Mechanism | None = None
+        self.clipper: Clipper | None = None
         if isinstance(stage, FinetuneStage):
-            mechanism = stack.enter_context(open_mechanism(stage, run, world, dataset, fencing_epoch, checkpoint))
-        first = _fill(backend, average, stage, run, checkpoint)
-        health = Health(stage, folder, world, None if checkpoint is None else checkpoint.state)
+            self.mechanism = stack.enter_context(open_mechanism(stage, run, world, dataset, fencing_epoch, checkpoint))
+        self.first = _fill(self.backend, average, stage, run, checkpoint)
+        self.health = Health(stage, folder, world, None if checkpoint is None else checkpoint.state)
         batches = Batches(stage, config, world)
-        clipper = None
-        if mechanism is None:
-            prefetcher = stack.enter_context(_prefetcher(stage, dataset, batches))
-            step_once = PublicStep(stage, batches, backend, average, prefetcher, health)
+        self.take_step: PublicStep | PrivateStep
+        if isinstance(stage, FinetuneStage):
+            assert self.mechanism is not None
+            self.clipper = stage_clipper(stage, config, self.backend, checkpoint)
+            self.take_step = PrivateStep(stage, batches, self.backend, average, self.clipper, self.mechanism, dataset)
         else:
-            assert isinstance(stage, FinetuneStage)
-            clipper = stage_clipper(stage, config, backend, checkpoint)
-            step_once = PrivateStep(stage, batches, backend, average, clipper, mechanism, dataset)
-        stack.enter_context(saves.open())
-        model: DiT = backend.module  # type: ignore[assignment]
-        log = stack.enter_context(_Log(stage, folder, world, model, first, mechanism, timeline))
-        timeline.event("loaded", step=first, tier=checkpoint.where if checkpoint else None,
-                       save=checkpoint.save.name if checkpoint else None)  # fmt: skip
-        heartbeat.section("step")
-        last = stage.train.steps
-        if checkpoint is not None and first == last and checkpoint.where != "disk":  # it ended before the disk had it
-            saves.take(last, _state(stage, backend, mechanism, clipper, health), durable=True)
-        for step in range(first, last):
-            if health.skips(step):
-                log.skipped(step)
-            else:
-                report = step_once(step)
-                if mechanism is not None:
-                    health.judge_loss(step, report.loss)
-                log.step(step, report)
-            done = step + 1
-            heartbeat.beat(done)
-            stopping = world.any(stop.is_set())
-            durable = saves.due(done) or done == last or stopping
-            health.judge_weights(step, backend, saving=durable or saves.due_in_memory(done))
-            if durable or saves.due_in_memory(done):
-                with heartbeat.section("save"):
-                    saves.take(done, _state(stage, backend, mechanism, clipper, health), durable=durable)
-                failpoint("checkpoint.saved", step=done)
-            if stopping and done < last:
-                with heartbeat.section("save"):
-                    saves.finish()
-                timeline.event("stopped", step=done, why="signal")
-                raise Preempted(f"stage {stage.name} was told to stop: step {done} of {last} is saved")
-        with heartbeat.section("save"):
-            saved = saves.finish()
-        heartbeat.section("finish")
-        metrics = log.summary() | {"skipped_steps": health.skipped, "saves": saves.report()}
-        if mechanism is None:
+            prefetcher = stack.enter_context(_prefetcher(stage, dataset, batches))
+            self.take_step = PublicStep(stage, batches, self.backend, average, prefetcher, self.health)
+        stack.enter_context(self.saves.open())
+        self.log = stack.enter_context(_Log(stage, folder, self.backend, self.first, self.mechanism, self.timeline))
+        resumed = {} if checkpoint is None else {"tier": checkpoint.where, "save": checkpoint.save.name}
+        self.timeline.event("loaded", step=self.first, **resumed)
+        if self.first == stage.train.steps and resumed.get("tier") != "disk":  # it died before the disk had its end
+            self.saves.take(self.first, self._state(), durable=True)
+
+    def step(self, step: int) -> None:
+        """Take one step, or leave it out where it was found to be bad."""
+        if self.health.skips(step):
+            self.log.skipped(step)
+            return
+        report = self.take_step(step)
+        if self.mechanism is not None:
+            self.health.judge_loss(step, report.loss)
+        self.log.step(step, report)
+
+    def save_if_due(self, done: int, *, stopping: bool) -> None:
+        """Begin a save of the state after `done` steps, if the weights are fit for one and it is time."""
+        durable = self.saves.due(done) or done == self.stage.train.steps or stopping
+        due = durable or self.saves.due_in_memory(done)
+        self.health.judge_weights(done - 1, self.backend, saving=due)
+        if due:
+            self.saves.take(done, self._state(), durable=durable)
+            failpoint("checkpoint.saved", step=done)
+
+    def trained(self, saved: Path) -> Trained:
+        """What the stage has to say of itself."""
+        metrics = self.log.summary() | {"skipped_steps": self.health.skipped, "saves": self.saves.report()}
+        if self.mechanism is None:
             return Trained(saved, metrics, None)
-        return Trained(saved, metrics | mechanism.summary(), _within(run, mechanism.statement()))
+        return Trained(saved, metrics | self.mechanism.summary(), _within(self.run, self.mechanism.statement()))
+
+    def _state(self) -> dict[str, Any]:
+        """What a save holds beside tensors: the same on every rank, for any rank's copy may be the one that is left."""
+        broadcast = self.backend.world.broadcast
+        return {
+            "stage": self.stage.name,
+            "config_sha256": self.stage.sha256(),
+            "model": self.backend.module.config.model_dump(),  # type: ignore[union-attr]
+            "num_updates": self.backend.num_updates,
+            "ledger_head": None if self.mechanism is None else broadcast(self.mechanism.head),
+            **clipping_state(self.clipper),
+            **self.health.state(),
+        }
 
 
 def _within(run: RunFolder, statement: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -212,18 +242,21 @@ class _Log:
         self,
         stage: TrainStage,
         folder: Path,
-        world: World,
-        model: DiT,
+        backend: Backend,
         first: int,
         mechanism: Mechanism | None,
         timeline: Timeline,
     ) -> None:
+        world, model = backend.world, backend.module
         self.stage, self.folder, self.mechanism, self.last = stage, folder, mechanism, stage.train.steps
         self.progress, self.timeline = Progress(folder), timeline
         self.told, self.told_at = first, time.monotonic()  # up to which step, and when, the timeline was told
         hardware = find_hardware(stage.parallel.hardware, _device_name(world))
         peak = getattr(hardware.peak_flops, stage.train.precision) if hardware else None
-        self.throughput = Throughput(model.forward_flops(), peak * world.size if peak else None)
+        self.throughput = Throughput(
+            model.forward_flops(),  # type: ignore[operator]
+            peak * world.size if peak else None,
+        )
         self.metrics = (
             MetricsLogger(
                 folder,
@@ -292,7 +325,12 @@ def _stop_on_signal() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def _require_classes(dataset: ShardDataset, config: DiTConfig) -> None:
+def _require_fit(dataset: ShardDataset, config: DiTConfig, world: World) -> None:
+    if world.size > len(dataset):
+        raise ValueError(
+            f"{world.size} ranks share split {dataset.split}, which holds {len(dataset)} records: "
+            "lower parallel.nproc, or the number of nodes"
+        )
     beyond = int(dataset.labels.max(initial=-1))
     if beyond >= config.num_classes:
         raise ValueError(f"split {dataset.split} holds class {beyond}, but model.num_classes is {config.num_classes}")
@@ -325,7 +363,7 @@ def _fill(
     run: RunFolder,
     checkpoint: Checkpoint | None,
 ) -> int:
-    """Give the model its state: of the save to go on from, of the stage to start from, or new. Returns the next step."""
+    """Give the model its state, of a save, of the stage to start from, or new; returns the step that comes next."""
     if checkpoint is not None:
         restore(checkpoint, backend, average)
         return checkpoint.step
@@ -335,18 +373,3 @@ def _fill(
         load_weights(_finished_checkpoint(run, stage.init_from, backend.world), backend)
     average.restart()
     return 0
-
-
-def _state(
-    stage: TrainStage, backend: Backend, mechanism: Mechanism | None, clipper: Clipper | None, health: Health
-) -> dict[str, Any]:
-    """What a save holds beside tensors: the same on every rank, for any rank's copy may be the one that is left."""
-    return {
-        "stage": stage.name,
-        "config_sha256": stage.sha256(),
-        "model": backend.module.config.model_dump(),  # type: ignore[union-attr]
-        "num_updates": backend.num_updates,
-        "ledger_head": None if mechanism is None else backend.world.broadcast(mechanism.head),
-        **clipping_state(clipper),
-        **health.state(),
-    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from checkpointing.recovery import recover
 from checkpointing.sharded import Checkpoint
 from checkpointing.tiers import Checkpointer, Tiers
 from train.config import TrainStage
+from train.goodput import recommend_interval
 from train.health import BadStep
 from train.optim import ExponentialMovingAverage
 from train.parallel import Backend
@@ -24,6 +26,7 @@ from train.state import pieces, ranges, tensors
 from train.timeline import Timeline
 
 CHECKPOINTS = "checkpoints"
+_TRIAL = 20  # steps between saves until `checkpoint.every: auto` knows better
 MEMORY = "SFUMATO_MEMORY"  # the folder, on a file system in memory, that snapshots go to
 
 
@@ -51,6 +54,10 @@ class Saves:
         self.peer = PeerLink.join(**self.place)
         self.checkpointer: Checkpointer | None = None
         self.resumed: SaveId | None = None  # what the stage goes on from
+        self.every = None if self.settings.every == "auto" else self.settings.every
+        self.clock = dict[int, float]()  # when each step ended, until `every` is known
+        self.tried: int | None = None  # the step of the first save on the disk,
+        self.committed: int | None = None  # and the step at which it was there
 
     def recover(self) -> Checkpoint | None:
         """The newest save that is whole in any tier, the same on every rank; None where none was ever taken."""
@@ -80,8 +87,12 @@ class Saves:
                 raise
 
     def due(self, step: int) -> bool:
-        """Whether the state after so many steps is to be saved on the disk."""
-        return step % self.settings.every == 0
+        """Whether the state after so many steps is to be saved on the disk; every rank asks, once a step."""
+        if self.every is None:
+            self._watch(step)
+            if step % _TRIAL == 0:
+                self.every = self.backend.world.broadcast(self._recommended())
+        return step % (self.every or _TRIAL) == 0
 
     def due_in_memory(self, step: int) -> bool:
         """Whether it is to be kept in memory at least."""
@@ -91,6 +102,8 @@ class Saves:
         """Begin a save of the state after so many steps; the copy goes on while the next step computes."""
         assert self.checkpointer is not None
         begun = time.monotonic()
+        if durable and self.tried is None:
+            self.tried = step
         self.checkpointer.snapshot(step, tensors(self.backend, self.average), state, durable=durable)
         self.timeline.event("stall", step=step, seconds=round(time.monotonic() - begun, 4))
 
@@ -103,6 +116,34 @@ class Saves:
         newest = self.checkpointer.newest_durable() or self.resumed  # where all steps had been taken before
         assert newest is not None, "the last step is always saved on the disk"
         return self.tiers.disk / newest.name
+
+    def _watch(self, step: int) -> None:
+        """Take the time of a step, and of the first save's commit."""
+        self.clock[step] = time.monotonic()
+        assert self.checkpointer is not None
+        if self.committed is None and self.checkpointer.newest_durable() is not None:
+            self.committed = step
+
+    def _recommended(self) -> int | None:
+        """Steps between saves that cost this run least; None until rank 0 has seen steps and one save come and go."""
+        steps = [
+            step for step in self.clock if self.tried is not None and step <= self.tried and step - 1 in self.clock
+        ]
+        if self.tried is None or self.committed is None or len(steps) < _TRIAL // 2:
+            return None
+        step_s = statistics.median(self.clock[step] - self.clock[step - 1] for step in steps)
+        commit_s = self.clock[self.committed] - self.clock[self.tried]
+        save_s = max(0.0, commit_s - (self.committed - self.tried) * step_s)  # what the loop lost meanwhile
+        every = recommend_interval(
+            step_s, save_s, commit_s=commit_s, nodes=self.num_nodes, multiple_of=self.settings.memory_every or 1
+        )
+        if self.backend.world.rank == 0:
+            print(
+                f"checkpoint.every: auto is {every} steps: a step takes {step_s:.3g} s, a save {commit_s:.3g} s, "
+                f"of which the loop loses {save_s:.3g} s",
+                flush=True,
+            )
+        return every
 
     def report(self) -> dict[str, Any]:
         """Seconds and bytes that saving took, for the stage's manifest."""

@@ -26,8 +26,10 @@ from train.launchers import DEFAULT_PORT, LaunchError
 from train.recipe import Recipe
 from train.run_folder import RunFolder
 
+SCHEDULERS = ("slurm", "kubernetes")  # values of --launcher
 # launch.py's exit statuses that another start, on whatever nodes, would end with again: a failed stage or a missed
-# figure, something to mend, bad steps. 3 and 4, no progress after restarts, may be a node's doing.
+# figure, something to mend, bad steps. 3 and 4, no progress after restarts, may be a node's doing, and 129 says that
+# another node's launch is gone.
 FINAL_STATUSES = (1, 2, 5)
 # Beyond what the stages may take for their last save: the launch's own end, and Slurm's signal, a minute early or late.
 LAST_WORDS_S = 90

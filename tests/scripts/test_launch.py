@@ -14,8 +14,11 @@ from typing import Any
 import pytest
 
 from train import ROOT
+from train.heartbeat import RankWatch, pages_folder
+from train.launchers import free_port
 from train.recipe import load_recipe
 from train.run_folder import RunFolder, now
+from train.timeline import read_timeline
 
 DIGITS = ROOT / "configs" / "digits"
 XL2 = ROOT / "configs" / "imagenet_dit_xl2"
@@ -238,3 +241,86 @@ def test_slurm_gets_a_script_that_runs_the_same_command_on_every_node(
 def test_submitting_without_sbatch_is_refused(launch: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
     assert launch(DIGITS, "--launcher", "slurm", "--submit") == 2
     assert "--submit needs sbatch, which is not on PATH here" in capsys.readouterr().err
+
+
+def command(run: Path, *arguments: str, **overrides: object) -> list[str]:
+    """The launch of a short pretraining on two ranks."""
+    settings: dict[str, object] = {
+        "train.steps": 60, "checkpoint.every": 1000, "optim.warmup_steps": 0, "log.wandb": "disabled"
+    }  # fmt: skip
+    found = [sys.executable, str(SCRIPT), str(DIGITS), "--run-dir", str(run), "--until", "pretrain", *arguments]
+    for key, value in (settings | overrides).items():
+        found += ["--set", f"pretrain.{key}={value}"]
+    return found
+
+
+def rank_at_step(run: Path, rank: int, step: int, node: int = 0) -> int:
+    """The process id of a rank of the pretraining, once it has done `step` steps."""
+    pages = pages_folder(run / "pretrain", node)
+    deadline = time.monotonic() + 120
+    while not (pages / f"rank-{rank:05d}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    watch = RankWatch(pages, [rank], {})
+    while rank not in watch.signs or (watch.signs[rank].step or 0) < step:
+        assert time.monotonic() < deadline
+        watch.look()
+        time.sleep(0.01)
+    watch.close()
+    return watch.signs[rank].pid
+
+
+@pytest.mark.distributed
+def test_a_killed_rank_costs_a_few_steps_and_the_launch_says_where_its_time_went(tmp_path: Path) -> None:
+    run = tmp_path / "x"
+    with subprocess.Popen(command(run, "--nproc", "2"), stdout=subprocess.PIPE, text=True) as launch:
+        os.kill(rank_at_step(run, 1, 25), signal.SIGKILL)
+        shown, _ = launch.communicate(timeout=120)
+    assert launch.returncode == 0, shown
+    assert "pretrain: attempt 1 died by SIGKILL at step" in shown and "(rank 1); restarting at once" in shown
+    assert "pretrain: training again" in shown and "pretrain: effective training time" in shown
+    events = {event["event"]: event for event in read_timeline(run / "pretrain")}
+    assert events["loaded"]["step"] >= 20 and events["loaded"]["tier"] == "memory"
+    rows = {row["name"]: row["value"] for row in json.loads((run / "summary.json").read_text())["rows"]}
+    kinds = ("productive", "saving", "lost", "detecting", "starting", "restarting", "loading", "other")
+    assert sum(rows[f"pretrain.time.{kind}"] for kind in kinds) == pytest.approx(rows["pretrain.time.wall_clock"])
+    attempts = json.loads((run / "summary.json").read_text())["attempts"]["pretrain"]
+    assert rows["pretrain.time.wall_clock"] == pytest.approx(sum(a["seconds"] for a in attempts), rel=0.1)
+    assert rows["pretrain.restarts"] == 1 and rows["pretrain.time.restarting"] > 0
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_two_launches_are_two_nodes_and_a_killed_one_is_taken_back(tmp_path: Path) -> None:
+    run, port = tmp_path / "x", str(free_port())
+    subprocess.run([*command(run)[:5], "--until", "filter"], check=True, capture_output=True)
+
+    def start(node: int) -> subprocess.Popen[str]:
+        env = {**os.environ, "MASTER_ADDR": "localhost", "MASTER_PORT": port, "NODE_RANK": str(node)}
+        arguments = command(run, "--nproc", "1", "--nnodes", "2")
+        return subprocess.Popen(arguments, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    nodes = [start(0), start(1)]
+    rank_at_step(run, 1, 15, node=1)
+    nodes[1].kill()  # its ranks are told by the kernel, and save
+    nodes[1].wait()
+    nodes[1] = start(1)
+    shown = [node.communicate(timeout=180)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], shown
+    assert "pretrain: attempt 1" in shown[0] and "restarting at once" in shown[0]
+    loaded = [event["step"] for event in read_timeline(run / "pretrain") if event["event"] == "loaded"]
+    assert loaded[0] == 0 and loaded[-1] >= 10
+
+
+@pytest.mark.distributed
+def test_a_rank_that_hangs_again_and_again_is_given_up_with_a_status_of_its_own(tmp_path: Path) -> None:
+    run = tmp_path / "x"
+    hang = {"supervision.step_s": 2, "supervision.stalled_restarts": 0}
+    with subprocess.Popen(command(run, "--nproc", "2", **hang), stderr=subprocess.PIPE, text=True) as launch:
+        os.kill(rank_at_step(run, 1, 5), signal.SIGSTOP)
+        _, said = launch.communicate(timeout=120)
+    assert launch.returncode == 4
+    assert "error: stage pretrain failed, given up (hang): attempt 1 hung at step" in said
+    assert "is stopped by a signal" in said
+    stacks = (run / "pretrain" / "log-1-stacks.txt").read_text()
+    assert "train/loop.py" in stacks.split("== rank 1")[0]

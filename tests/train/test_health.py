@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from checkpointing.sharded import latest
-from tests.train.test_loop import again, pretrain, run  # noqa: F401
+from tests.train.test_loop import again, pretrain
 from train import loop
 from train.config import FinetuneStage
 from train.health import BadStep, read_bad_steps
@@ -50,14 +50,14 @@ def all_finite(run: RunFolder) -> bool:
     return all(bool(saved.read(*key).isfinite().all()) for key in saved.tensors())
 
 
-def test_a_loss_that_explodes_stops_the_stage_before_the_weights_do(run: RunFolder) -> None:  # noqa: F811
+def test_a_loss_that_explodes_stops_the_stage_before_the_weights_do(run: RunFolder) -> None:
     with pytest.raises(ValueError, match=r"step \d+ of pretrain is bad: loss (nan|inf), from rank 0.*Lower optim"):
         pretrain(run, "optim.learning_rate=1e30", "train.steps=12")
     saved = latest(run.path / "pretrain" / "checkpoints")
     assert saved is None or all_finite(run)
 
 
-def test_a_bad_step_is_replayed_once(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_a_bad_step_is_replayed_once(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     replay = (*TWELVE, "supervision.bad_steps=replay")
     monkeypatch.setattr(loop, "PublicStep", Poisoned)
     with pytest.raises(BadStep, match=r"step 6 of pretrain is bad: loss (nan|inf).*to replay it"):
@@ -68,9 +68,7 @@ def test_a_bad_step_is_replayed_once(run: RunFolder, monkeypatch: pytest.MonkeyP
     assert [entry["step"] for entry in read_bad_steps(run.path / "pretrain")] == [6, 6]
 
 
-def test_a_passing_fault_leaves_no_trace(
-    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
-) -> None:
+def test_a_passing_fault_leaves_no_trace(run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     replay = (*TWELVE, "supervision.bad_steps=replay")
     unbroken = pretrain(again(run, tmp_path, "unbroken"), *replay)
     with monkeypatch.context() as once:
@@ -81,7 +79,7 @@ def test_a_passing_fault_leaves_no_trace(
     assert all(torch.equal(unbroken[key], got[key]) for key in unbroken)
 
 
-def test_a_skipped_step_is_left_out_and_said(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_a_skipped_step_is_left_out_and_said(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     skip = (*TWELVE, "supervision.bad_steps=skip")
     monkeypatch.setattr(loop, "PublicStep", Poisoned)
     with pytest.raises(BadStep, match="to skip it"):
@@ -95,7 +93,7 @@ def test_a_skipped_step_is_left_out_and_said(run: RunFolder, monkeypatch: pytest
     assert (saved.step, saved.state["num_updates"], saved.state["skipped_steps"]) == (12, 11, [6])
 
 
-def test_bad_weights_are_named_and_never_saved(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_bad_weights_are_named_and_never_saved(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     replay = (*TWELVE, "supervision.bad_steps=replay")
     monkeypatch.setattr(loop, "PublicStep", Corrupted)
     with pytest.raises(BadStep, match=r"step \d of pretrain is bad: .*not finite|loss nan"):
@@ -104,7 +102,7 @@ def test_bad_weights_are_named_and_never_saved(run: RunFolder, monkeypatch: pyte
 
 
 def test_a_spike_is_a_bad_step_only_where_it_is_asked_for(
-    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Spiking(PublicStep):
         def __call__(self, step: int) -> StepReport:

@@ -1,8 +1,6 @@
 import os
 import socket
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,6 @@ from train.launchers import (
     Placement,
     check_port,
     free_port,
-    sbatch_script,
     stage_command,
     stage_environment,
     worker_arguments,
@@ -83,50 +80,3 @@ def test_a_port_in_use_is_refused_with_a_free_one() -> None:
         ):
             check_port(port)
     check_port(free_port())
-
-
-def test_the_sbatch_script_is_sound_shell_and_asks_to_be_told_before_its_end(tmp_path: Path) -> None:
-    script = sbatch_script("digits", tmp_path, ["python", "launch.py", "a b"], nnodes=2, gpus=8, port=29500)
-    for line in ("--nodes=2", "--gpus-per-node=8", "--signal=B:TERM@120", "--requeue", "--ntasks-per-node=1"):
-        assert f"#SBATCH {line}\n" in script
-    assert "srun --kill-on-bad-exit=1 python launch.py 'a b' &" in script
-    subprocess.run(["bash", "-n"], input=script.encode(), check=True)
-
-
-def test_without_gpus_the_sbatch_script_asks_for_none(tmp_path: Path) -> None:
-    assert "#SBATCH --gpus" not in sbatch_script("digits", tmp_path, ["python"], nnodes=1, gpus=0, port=1)
-
-
-SLURM = {
-    "scontrol": 'echo "scontrol $*" >> "$CALLS"; if [ "$1" = show ]; then echo node7; echo node8; fi',
-    "srun": 'echo "srun $MASTER_ADDR:$MASTER_PORT $*" >> "$CALLS"\n'
-    "trap 'sleep 0.2; exit 143' TERM\n"
-    'touch "$CALLS.up"\n'
-    "for _ in $(seq 200); do sleep 0.05; done",
-}
-
-
-def test_the_sbatch_script_passes_the_warning_on_waits_for_the_save_and_queues_again(tmp_path: Path) -> None:
-    for name, body in SLURM.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
-        (tmp_path / name).chmod(0o755)
-    calls = tmp_path / "calls"
-    script = tmp_path / "sfumato.sbatch"
-    script.write_text(sbatch_script("digits", tmp_path, ["launch"], nnodes=2, gpus=0, port=29500))
-    environment = {
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
-        "CALLS": str(calls),
-        "SLURM_JOB_ID": "42",
-        "SLURM_JOB_NODELIST": "node[7-8]",
-    }
-    with subprocess.Popen(["bash", str(script)], env=environment) as job:
-        while not (tmp_path / "calls.up").exists():
-            assert job.poll() is None
-            time.sleep(0.02)
-        job.terminate()
-    assert job.returncode == 143
-    assert calls.read_text().splitlines() == [
-        "scontrol show hostnames node[7-8]",
-        "srun node7:29500 --kill-on-bad-exit=1 launch",
-        "scontrol requeue 42",
-    ]

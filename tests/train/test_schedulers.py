@@ -1,5 +1,6 @@
 """What schedulers are given is run where that can be, and held against the fields they document where it cannot."""
 
+import importlib.util
 import json
 import os
 import re
@@ -15,6 +16,8 @@ from typing import Any
 import pytest
 import yaml
 
+from train import ROOT
+from train.launch import GAVE_UP
 from train.schedulers import FINAL_STATUSES, NodeJob, Pod, job_set, pytorch_job, resource_name, sbatch_script
 
 JOB = NodeJob("digits", ["launch.py", "a b"], nnodes=4, gpus=8, port=29500, grace_s=30)
@@ -111,7 +114,7 @@ def test_what_is_done_or_for_a_person_is_not_queued_again(slurm: Slurm, status: 
     assert not slurm.run(status, told=True)  # it ended so just when it was told
 
 
-@pytest.mark.parametrize("status", [3, 4, 137, 143])
+@pytest.mark.parametrize("status", [3, 4, 129, 137, 143])
 def test_what_another_node_may_mend_gets_one_second_chance_in_a_row(slurm: Slurm, status: int) -> None:
     assert slurm.run(status)
     assert not slurm.run(status)
@@ -122,6 +125,11 @@ def test_what_another_node_may_mend_gets_one_second_chance_in_a_row(slurm: Slurm
 @pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED", "PREEMPTED"])
 def test_a_job_that_slurm_itself_ends_is_left_alone(slurm: Slurm, state: str) -> None:
     assert not slurm.run(143, told=True, state=state)
+
+
+def test_the_launch_tells_a_person_and_a_node_apart() -> None:
+    assert {"": 1, "crash": 3, "hang": 4, "bad steps": 5} == GAVE_UP
+    assert FINAL_STATUSES == (GAVE_UP[""], 2, GAVE_UP["bad steps"])
 
 
 # --- Kubernetes ----------------------------------------------------------------------------------------------------
@@ -394,3 +402,61 @@ def test_a_recipes_name_becomes_one_that_kubernetes_takes(recipe: str) -> None:
     name = resource_name(recipe)
     assert re.fullmatch(DNS_1035, name)
     assert len(f"{name}-nodes-0-100000") <= 63
+
+
+# --- launch.py -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def script() -> Any:
+    """scripts/launch.py as a module."""
+    spec = importlib.util.spec_from_file_location("launch_script", ROOT / "scripts" / "launch.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_launch_of_each_pod_is_the_one_asked_for(
+    script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["--nnodes", "2", "--until", "pretrain", "--set", "pretrain.supervision.grace_s=45", "--nproc", "2"]
+    asked += ["--launcher", "kubernetes", "--image", POD.image, "--port", "1234"]
+    assert script.main([str(ROOT / "configs" / "digits"), "--run-dir", str(tmp_path / "x"), *asked]) == 0
+    assert "apply one of them, not both" in capsys.readouterr().out
+    manifests = {kind: tmp_path / "x" / f"sfumato.{kind}.yaml" for kind in ("pytorchjob", "jobset")}
+    for kind, form in (("pytorchjob", PYTORCH_JOB), ("jobset", JOB_SET)):
+        manifest = yaml.safe_load(manifests[kind].read_text())
+        assert faults(manifest, form) == []
+        for template in pods(manifest):
+            (container,) = template["spec"]["containers"]
+            command = container["command"]
+            launch = script._parser().parse_args(command[command.index("scripts/launch.py") + 1 :])
+            assert (ROOT / launch.recipe / "30_pretrain.yaml").exists()
+            assert (str(launch.run_dir), launch.launcher, launch.nnodes, launch.last) == (
+                "/runs/x",
+                "torchrun",
+                2,
+                "pretrain",
+            )
+            assert launch.overrides == ["pretrain.supervision.grace_s=45"] and launch.nproc == 2
+            assert container["ports"][0]["containerPort"] == 1234
+            assert template["spec"]["terminationGracePeriodSeconds"] == 45 + 90
+            assert "SFUMATO_SECRET" not in [
+                entry["name"] for entry in container["env"]
+            ]  # no private stage is asked for
+
+
+def test_what_no_pod_could_run_is_refused_with_the_mend(
+    script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    digits, here = ROOT / "configs" / "digits", tmp_path / "digits"
+    shutil.copytree(digits, here)
+    for recipe, options, message in (
+        (digits, [], "--launcher kubernetes needs --image"),
+        (digits, ["--image", "x", "--submit"], "--submit is for --launcher slurm"),
+        (here, ["--image", "x"], "so no image of it has it: move it to"),
+    ):
+        run_dir = ["--run-dir", str(tmp_path / "x")]
+        assert script.main([str(recipe), *run_dir, "--launcher", "kubernetes", *options]) == 2
+        assert message in capsys.readouterr().err
