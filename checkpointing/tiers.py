@@ -75,7 +75,8 @@ class _Snapshot:
     on_devices: Sequence[DeviceCopy] = ()  # what GPUs may have to do yet of the copy
     digested: threading.Event = field(default_factory=threading.Event)  # the writer sealed it, or failed to
     ended: bool = False  # copied, sealed and at the partner, or failed
-    sealed: bool = False
+    sealed_here: bool = False
+    sealed: bool = False  # here, and what this rank keeps for others is too
     flushed: bool = False
     failure: str | None = None
 
@@ -315,7 +316,7 @@ class Checkpointer:
             for save, snapshot in list(self._durable.items()):
                 if save.sequence == committed:
                     self._committed = save
-                if save.sequence <= committed or (save.sequence <= failed and not snapshot.reading_slot):
+                if save.sequence <= committed or (save.sequence == failed and not snapshot.reading_slot):
                     del self._durable[save]
         return failed, committed, -1 if math.isinf(values[1]) else int(values[1])
 
@@ -359,7 +360,7 @@ class Checkpointer:
             snapshot.copied.set()
             begin, sealed = time.perf_counter(), False
             try:
-                sealed = self._buffers.exchange(snapshot.slot, snapshot.save, sealed=snapshot.failure is None)
+                sealed = self._buffers.exchange(snapshot.slot, snapshot.save, sealed=snapshot.sealed_here)
             except Exception as error:
                 log.warning("snapshot of step %d did not reach the other nodes: %s", snapshot.save.step, error)
             self._seconds["peer_s"] += time.perf_counter() - begin
@@ -420,12 +421,13 @@ class Checkpointer:
         if act == "failed":
             self._fail(snapshot, f"{answer['act']} of step {snapshot.save.step}: {answer['why']}")
         elif act == "sealed":
+            snapshot.sealed_here = True
             snapshot.digested.set()
         with self._heard:
             if act == "flushed":
                 snapshot.flushed = True
             if act == ("committed" if self.rank == 0 else "flushed"):
-                self._failures = 0
+                self._failures, self._why = 0, None
             if act == "committed":
                 self._committed = snapshot.save
 

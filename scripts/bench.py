@@ -26,9 +26,18 @@ def main() -> int:
     from train.benchmarks_checkpoint import checkpoint
     from train.benchmarks_goodput import goodput
     from train.benchmarks_privacy import dp
+    from train.benchmarks_restart import restart
     from train.measurements import all_met, measurement
 
-    benchmarks = {"dp": dp, "train": train, "checkpoint": checkpoint, "data": data, "pii": pii, "goodput": goodput}
+    benchmarks = {
+        "dp": dp,
+        "train": train,
+        "checkpoint": checkpoint,
+        "restart": restart,
+        "data": data,
+        "pii": pii,
+        "goodput": goodput,
+    }
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=benchmarks, help="what to measure")
     parser.add_argument("--json", type=Path, metavar="F", help="write machine, versions, commit and rows to this file")

@@ -5,7 +5,8 @@
     deepspeed --num_gpus 8 --module train configs/digits/40_finetune_dp.yaml --run-dir runs/x
 
 Exit status: 0 done; 2 a bad configuration, input or budget, told on the last line; 75 told to stop, saved, can go on;
-76 a bad step (a loss or weight that is not finite, or a loss spike): go on from the newest save.
+76 a bad step (a loss or weight that is not finite, or a loss spike): go on from the newest save; 77 a bad step, and a
+person must look, by the stage's policy or because it came again.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from train import check_packages
 from train.heartbeat import install
 from train.processes import follow_supervisor
 from train.run_folder import RunFolder
-from train.supervisor import EXIT_BAD_STEP, EXIT_PREEMPTED, EXIT_USER_ERROR
+from train.supervisor import EXIT_BAD_STEP, EXIT_BAD_STEPS, EXIT_PREEMPTED, EXIT_USER_ERROR
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -59,7 +60,7 @@ def main() -> int:
 
 def _exit_status(error: Exception) -> int:
     """Say what happened, shortly where the user can mend it, and classify it for the supervisor."""
-    from train.health import BadStep
+    from train.health import BadStep, BadStepsEndTheStage
     from train.loop import Preempted
 
     if isinstance(error, Preempted | BadStep):
@@ -69,7 +70,7 @@ def _exit_status(error: Exception) -> int:
         if os.environ.get("SFUMATO_TRACEBACK"):
             traceback.print_exc()
         sys.stderr.write(f"error: {error}\n")  # one write: ranks share the log
-        return EXIT_USER_ERROR
+        return EXIT_BAD_STEPS if isinstance(error, BadStepsEndTheStage) else EXIT_USER_ERROR
     traceback.print_exc()
     return 1
 

@@ -21,7 +21,7 @@ from train.measurements import Row
 from train.timeline import read_timeline
 
 ROUNDS = 3
-STRUCK_AT = 25  # steps done, with a snapshot in memory every 10
+STRUCK_AT = 24  # steps done, between two of the snapshots in memory, which are taken every 10
 STEP_S = 5.0  # the limit of a step, for the stopped rank
 SETTINGS = (
     "pretrain.train.steps=100000",
@@ -48,7 +48,15 @@ def restart() -> list[Row]:
     for part, words in PARTS.items():
         rows.append({"name": f"  {words}", "value": statistics.median(took[part] for took in killed), "unit": "s"})
     lost = max(took["lost_steps"] for took in killed)
-    rows.append({"name": "  steps done again, at most", "value": lost, "unit": "1", "target": 10.0, "ok": lost <= 10})
+    rows.append(
+        {
+            "name": "  steps done again, of a snapshot every 10",
+            "value": lost,
+            "unit": "1",
+            "target": 10.0,
+            "ok": lost <= 10,
+        }
+    )
     limit_s = STEP_S + 5
     rows.append(
         {"name": f"SIGSTOP of one, at a limit of {STEP_S:g} s: seen after", "value": stopped["detect_s"], "unit": "s",

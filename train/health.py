@@ -35,6 +35,10 @@ class BadStep(Exception):
     """The step is noted in the stage's folder; a new process group goes on from the newest save."""
 
 
+class BadStepsEndTheStage(ValueError):
+    """The step is noted, and a person must look."""
+
+
 class Health:
     """Judges each step's loss, and the weights before each save; the same verdict on every rank."""
 
@@ -63,7 +67,7 @@ class Health:
         return {"recent_losses": list(self.recent), "skipped_steps": self.skipped}
 
     def judge_loss(self, step: int, loss: float, mine: float | None = None) -> None:
-        """Raise BadStep (or ValueError, where the policy ends the stage) unless `loss`, the same on every rank, is fit.
+        """Raise BadStep (or BadStepsEndTheStage, by policy) unless `loss`, the same on every rank, is fit.
 
         mine: this rank's part of a public loss, so that the ranks at fault can be named.
         """
@@ -105,12 +109,12 @@ class Health:
                 os.fsync(file.fileno())
         found = f"step {step} of {self.stage.name} is bad: {what}"
         if self.policy == "stop":
-            raise ValueError(
+            raise BadStepsEndTheStage(
                 f"{found}. Lower optim.learning_rate or raise optim.warmup_steps, or let supervision.bad_steps replay "
                 f"it{'' if self.stage.kind == 'finetune_dp' else ' or skip it'}; saves from before it are good"
             )
         if step in self._noted:
-            raise ValueError(f"{found}, and it was before ({self.path}): running it again does not help")
+            raise BadStepsEndTheStage(f"{found}, and it was before ({self.path}): running it again does not help")
         raise BadStep(f"{found}; going on from the newest save, to {self.policy} it")
 
 

@@ -16,6 +16,7 @@ from train.rendezvous import Team
 
 LauncherName = Literal["torchrun", "deepspeed", "slurm", "kubernetes"]
 DEFAULT_PORT = 29500
+OF_THE_LAUNCH = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
 class LaunchError(ValueError):
@@ -83,8 +84,12 @@ def agent_command(team: Team, name: str, timeout_s: float) -> list[str]:
 
 
 def stage_environment(config: StageConfig, base: Mapping[str, str], *, cuda: bool) -> dict[str, str]:
-    """The environment of a stage's processes: our packages first on the path, and a share of the cores each."""
-    env = dict(base)
+    """The environment of a stage's processes: our packages first on the path, and a share of the cores each.
+
+    What a scheduler says of the launch itself (where launches meet, its number among pods) is left out: a stage of one
+    process would take it for a process group of its own, and torchrun for its defaults.
+    """
+    env = {name: value for name, value in base.items() if name not in OF_THE_LAUNCH and not name.startswith("PET_")}
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [base.get("PYTHONPATH")])])
     env["PYTHONUNBUFFERED"] = "1"  # a killed worker's last lines are in its log
     processes = config.parallel.nproc if isinstance(config, TrainStage) else 1

@@ -92,6 +92,7 @@ def train(stage: TrainStage, run: RunFolder, world: World, fencing_epoch: int, h
         stop = stack.enter_context(_stop_on_signal())
         heartbeat.section("load")
         training = _Training(stage, run, world, fencing_epoch, stack)
+        training.backend.before_backward = heartbeat.waiting
         heartbeat.section("step")
         done, stopping = training.first, False
         while done < stage.train.steps and not stopping:

@@ -125,6 +125,7 @@ class Backend:
         self.shapes = {name: _whole_shape(parameter) for parameter, name in self.names.items()}
         self.num_updates = 0  # that AdamW has made, those before a resume among them
         self.before_update: Callable[[], None] | None = None  # called before anything of the state changes
+        self.before_backward: Callable[[], None] | None = None  # called before ranks wait for each other's gradients
         self._transform: Transform | None = None
         self._updated = False
         self._wrap(partial(_adamw, optim))
@@ -152,6 +153,11 @@ class Backend:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss`, summed over ranks, to what the step has accumulated."""
+        if self.before_backward is not None:
+            self.before_backward()
+        self._backward(loss)
+
+    def _backward(self, loss: Tensor) -> None:
         loss.backward()
 
     def _step(self) -> None:
@@ -335,7 +341,7 @@ class Zero(Backend):
         self.engine.set_gradient_accumulation_boundary(last)
         yield
 
-    def backward(self, loss: Tensor) -> None:
+    def _backward(self, loss: Tensor) -> None:
         self.engine.backward(loss * self.loss_scale)
 
     def _step(self) -> None:

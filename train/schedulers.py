@@ -181,9 +181,7 @@ def pytorch_job(job: NodeJob, pod: Pod) -> dict[str, Any]:
     Restart policy ExitCode: a pod that ended with 128 or more (told to stop, killed, evicted) is made anew alone, so
     the others keep their snapshots in memory; any lower status ends the job, 3 and 4 among them.
     """
-    # The operator numbers pods, not ranks: without this each pod's own torchrun, and stages of one process, would take
-    # RANK, WORLD_SIZE and the PET_* defaults for theirs.
-    adapt = 'export NODE_RANK="$RANK"; unset RANK WORLD_SIZE "${!PET_@}"; exec "$@"'
+    adapt = 'export NODE_RANK="$RANK"; exec "$@"'  # the operator's rank is a pod's, and there is one pod a node
     command = ["bash", "-c", adapt, "launch", *job.launch]
     port = {"name": "pytorchjob-port", "containerPort": job.port}  # the operator's MASTER_PORT is the port of this name
 

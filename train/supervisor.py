@@ -5,6 +5,8 @@ by their heartbeats (train/heartbeat.py); and that the stage is done, by its man
 statuses. What happened goes to `attempts.jsonl`, a line an attempt, and to `timeline.jsonl`.
 """
 
+# One file: what is decided between attempts and what is watched during one follow the same policy and the same stop.
+
 from __future__ import annotations
 
 import json

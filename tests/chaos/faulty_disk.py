@@ -54,7 +54,7 @@ class DiskFault:
     """What befalls the operations of `checkpointing.disk` that fit, from the `visit`-th of a process on."""
 
     kind: Kind
-    operation: str = "*"  # a function of checkpointing.disk, as a pattern
+    operation: str = "*"  # a function of checkpointing.disk, as a pattern; "write" is append and pwrite
     file: str = "*"  # its path, as a pattern
     visit: int = 1
     times: int | None = 1  # None: from then on
@@ -65,7 +65,8 @@ class DiskFault:
     visits: Iterator[int] = field(default_factory=lambda: itertools.count(1), compare=False, repr=False)
 
     def befalls(self, operation: str, path: Path) -> bool:
-        if not (fnmatch.fnmatch(operation, self.operation) and fnmatch.fnmatch(str(path), self.file)):
+        called = [operation, *(["write"] if operation in ("append", "pwrite") else [])]
+        if not (fnmatch.filter(called, self.operation) and fnmatch.fnmatch(str(path), self.file)):
             return False
         if operation not in SILENT.get(self.kind, _OPERATIONS):
             return False
@@ -184,23 +185,30 @@ class _Shim:
             return self.real["create"](path)
 
     def append(self, descriptor: int, data: disk.Buffer) -> None:
-        self._write("append", descriptor, bytes(data), os.lseek(descriptor, 0, os.SEEK_CUR))
+        self._write("append", descriptor, data, os.lseek(descriptor, 0, os.SEEK_CUR))
 
     def pwrite(self, descriptor: int, data: disk.Buffer, begin: int) -> None:
-        self._write("pwrite", descriptor, bytes(data), begin)
+        self._write("pwrite", descriptor, data, begin)
 
-    def _write(self, name: str, descriptor: int, data: bytes, begin: int) -> None:
+    def _write(self, name: str, descriptor: int, data: disk.Buffer, begin: int) -> None:
         path = _path_of(descriptor)
 
-        def write(data: bytes) -> None:
-            with self._told(Operation("write", self._name(path), offset=begin, data=data)):
+        def write(data: disk.Buffer) -> None:
+            with self._told(Operation("write", self._name(path), offset=begin, data=bytes(data))):
                 self.real[name](descriptor, data, *([begin] if name == "pwrite" else []))
             self.unsynced.setdefault(path, []).append((begin, len(data)))
 
+        def write_other(data: bytes) -> None:
+            # what is not the caller's own buffer lies anywhere in memory, which O_DIRECT refuses
+            flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+            fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+            write(data)
+            fcntl.fcntl(descriptor, fcntl.F_SETFL, flags)
+
         if not data:
             return
-        fault = self._meet(name, path, lambda: write(data[: len(data) // 2]))
-        write(data if fault is None else fault.spoil(data))
+        fault = self._meet(name, path, lambda: write_other(bytes(data[: len(data) // 2])))
+        write(data) if fault is None else write_other(fault.spoil(bytes(data)))
 
     def sync_file(self, descriptor: int) -> None:
         path = _path_of(descriptor)

@@ -56,7 +56,7 @@ class Signal:
 
 @dataclass(frozen=True)
 class Corruption:
-    """Done to one file that fits, drawn by `seed`, once the first attempt has ended: of a committed save, or in memory."""
+    """Done to one file that fits, drawn by `seed`, after the first attempt: of a committed save, or in memory."""
 
     kind: str
     file: str
@@ -248,7 +248,7 @@ class Trial:
 
 
 def broken_saves(place: LocalPlace, must_be_whole: set[SaveId]) -> list[str]:
-    """What is wrong with the committed saves: those that must be whole and are not, and any that hands out wrong bits."""
+    """What is wrong with the committed saves: which must be whole and are not, and which hand out wrong bits."""
     found = list[str]()
     for save in store.committed(place):
         reason = store.reason_broken(place, save)
@@ -302,7 +302,7 @@ STEP_PLACES = ("step.computed@step=9", "snapshot.copying@step=8", "snapshot.copi
 WRITER_PLACES = (
     "shard.sealed@step=8",
     "attempt.opened@step=8",
-    "shard.half_written:3@step=8",
+    "shard.half_written@step=8",
     "shard.synced@step=8",
     "index.half_written@step=8",
     "index.synced@step=8",
@@ -336,25 +336,21 @@ def at_failpoints() -> Iterator[Fault]:
 
 
 def on_disk() -> Iterator[Fault]:
-    last = "*step-00000012.*/"
+    yield Fault("enospc of mkdir *step-00000008.*", disk=DiskFault("enospc", "mkdir", "*step-00000008.*"))
+    yield Fault("enospc of free_bytes, once", disk=DiskFault("enospc", "free_bytes"))
     for rank in range(WORLD_SIZE):
+        shard, index = f"*step-00000008.*/rank-{rank:05d}.safetensors", f"*step-00000008.*/rank-{rank:05d}.json*"
+        met = [(operation, shard) for operation in ("create", "write", "sync_file")]
+        met += [(operation, index) for operation in ("write", "sync_file", "rename")]
+        met += [("sync_folder", "*step-00000008.*")]
+        if rank == 0:
+            met += [(operation, "*MANIFEST*") for operation in ("write", "sync_file", "rename", "unlink")]
+            met += [("write", "*latest*")]
         for kind in ("enospc", "eio", "slow"):
-            for operation, file in (
-                ("mkdir", "*step-00000008.*"),
-                ("create", f"*step-00000008.*/rank-{rank:05d}.safetensors"),
-                ("append", f"*step-00000008.*/rank-{rank:05d}.safetensors"),
-                ("sync_file", f"*step-00000008.*/rank-{rank:05d}.safetensors"),
-                ("append", f"*step-00000008.*/rank-{rank:05d}.json*"),
-                ("sync_file", f"*step-00000008.*/rank-{rank:05d}.json*"),
-                ("rename", f"*step-00000008.*/rank-{rank:05d}.json*"),
-                ("sync_folder", "*step-00000008.*"),
-                *([("append", "*MANIFEST*"), ("sync_file", "*MANIFEST*"), ("rename", "*MANIFEST*")] if not rank else []),
-                *([("append", "*latest*"), ("unlink", "*MANIFEST.json"), ("free_bytes", "*")] if not rank else []),
-            ):  # fmt: skip
-                yield Fault(
-                    f"{kind} of {operation} {file}, rank {rank}", disk=DiskFault(kind, operation, file, rank=rank)
-                )
-        full = DiskFault("enospc", "append", f"{last}*", rank=rank, times=None)
+            for operation, file in met:
+                harm = DiskFault(kind, operation, file, rank=rank)
+                yield Fault(f"{kind} of {operation} {file}, rank {rank}", disk=harm)
+        full = DiskFault("enospc", "write", "*step-00000012.*", rank=rank, times=None)
         yield Fault(f"disk full for good at step 12, rank {rank}", disk=full)
         # What a lying disk holds is found out at the next load: the machine is lost after it.
         ended = f"step.computed@rank={rank},step=11"
@@ -364,7 +360,7 @@ def on_disk() -> Iterator[Fault]:
                 f"rank-{rank:05d}.json*",
                 *(("MANIFEST*", "latest*")[: 2 - 2 * rank]),
             ):
-                lie = DiskFault(kind, "append", f"*step-00000008.*/{file}" if file[0] != "l" else "*latest*", rank=rank)
+                lie = DiskFault(kind, "write", f"*step-00000008.*/{file}" if file[0] != "l" else "*latest*", rank=rank)
                 yield Fault(
                     f"{kind} in {file} of step 8, then machine lost", failpoint=ended, disk=lie, memory_lost=True
                 )

@@ -172,6 +172,7 @@ def launch(run: Run, environment: Mapping[str, str] | None = None) -> list[Outco
             deadline = min(deadline, time.monotonic() + 3)
     codes = [process.exitcode for process in processes]
     for process in processes:  # and their writers
+        assert process.pid is not None
         try:
             os.killpg(process.pid, signal.SIGKILL)
         except ProcessLookupError:

@@ -16,6 +16,7 @@ from train.launchers import (
     worker_arguments,
 )
 from train.recipe import load_stage
+from train.rendezvous import Team
 
 DIGITS = ROOT / "configs" / "digits"
 PRETRAIN = load_stage(DIGITS / "30_pretrain.yaml", ["parallel={backend: ddp, nproc: 2}"])
@@ -50,6 +51,17 @@ def test_several_nodes_meet_at_the_first() -> None:
     assert command[command.index("--nnodes") + 1] == "2"
 
 
+def test_a_team_meets_at_the_launchs_store_with_as_many_ranks_as_it_has() -> None:
+    team = Team(nproc=1, nnodes=2, node_rank=1, address="node7", port=4711, generation=3)
+    command = stage_command(PRETRAIN, Placement(nnodes=2, node_rank=1), WORKER, team)
+    options = dict(zip(command[3 : -len(WORKER) - 2 : 2], command[4 : -len(WORKER) - 2 : 2], strict=True))
+    assert options == {
+        "--nnodes": "2", "--rdzv-backend": "launch", "--rdzv-endpoint": "node7:4711",
+        "--rdzv-conf": "node_rank=1,timeout=180", "--rdzv-id": "sfumato-pretrain-3", "--monitor-interval": "0.1",
+        "--nproc-per-node": "1", "--max-restarts": "0",
+    }  # fmt: skip
+
+
 def test_deepspeed_starts_nproc_ranks_on_a_free_port() -> None:
     command = stage_command(PRETRAIN, Placement("deepspeed"), WORKER)
     assert Path(command[0]).name == "deepspeed" and Path(command[0]).exists()
@@ -68,6 +80,12 @@ def test_ranks_share_the_cores_and_find_our_packages_first() -> None:
     assert env["OMP_NUM_THREADS"] == str(max(1, len(os.sched_getaffinity(0)) // 2))
     assert env["DS_ACCELERATOR"] == "cpu"
     assert stage_environment(PRETRAIN, {"OMP_NUM_THREADS": "5"}, cuda=True)["OMP_NUM_THREADS"] == "5"
+
+
+def test_where_launches_meet_is_not_taken_for_a_stages_own_process_group() -> None:
+    told = {"MASTER_ADDR": "node7", "MASTER_PORT": "29500", "RANK": "1", "WORLD_SIZE": "4", "PET_NNODES": "4"}
+    env = stage_environment(PRETRAIN, {**told, "HOME": "/root"}, cuda=False)
+    assert not told.keys() & env.keys() and env["HOME"] == "/root"
 
 
 def test_a_port_in_use_is_refused_with_a_free_one() -> None:
