@@ -281,11 +281,15 @@ def uncommitted(place: Place) -> list[SaveId]:
     return [save for save in place.saves() if not place.has(save, MANIFEST)]
 
 
-def prune(where: Place | Path, keep: int, keep_every: int | None = None) -> list[SaveId]:
+def prune(
+    where: Place | Path, keep: int, keep_every: int | None = None, whole: SaveId | None = None
+) -> list[SaveId]:
     """Remove all but the newest `keep` checkpoints and those of every `keep_every`-th step; returns what was removed.
 
+    whole: a checkpoint that its writer has this moment committed, which need not be read to be believed.
+
     Guarantee: the newest whole checkpoint stays, even where `keep` newer ones are broken; where none is whole, all
-    stay. To know it, the newest is verified (its files are read) whenever there is something to remove.
+    stay. To know it, the newest is verified (its files are read) where there is something to remove and no `whole`.
     Saves that were never committed go too, if a newer one was or their epoch is over.
     """
     if keep < 1:
@@ -307,7 +311,8 @@ def prune(where: Place | Path, keep: int, keep_every: int | None = None) -> list
         if number >= keep and not for_ever:
             spare.append(save)
     if spare:
-        whole = next((save for save in checkpoints if reason_broken(place, save) is None), None)
+        if whole not in checkpoints:
+            whole = next((save for save in checkpoints if reason_broken(place, save) is None), None)
         spare = [save for save in spare if whole is not None and save != whole]
     for save in spare:
         place.remove(save)

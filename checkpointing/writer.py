@@ -187,7 +187,7 @@ class _Writer:
         if busy is not None and busy not in store.committed(self.place)[: orders.keep]:
             return  # it is being uploaded: the next save prunes
         try:
-            store.prune(self.place, orders.keep, orders.keep_every)
+            store.prune(self.place, orders.keep, orders.keep_every, whole=save)
         except CheckpointError as error:
             say(said=f"older checkpoints in {self.place} stay: {error}")
 
@@ -276,7 +276,7 @@ class _Uploads:
                     timeout_s=self.orders.timeout_s,
                     still_mine=lambda: store.holds_fence(remote, self.orders.epoch),
                 )
-                store.prune(remote, self.orders.keep, self.orders.keep_every)
+                store.prune(remote, self.orders.keep, self.orders.keep_every, whole=save)
         self.last = save
 
     def _upload_shard(self, save: SaveId, index: Index) -> None:

@@ -31,7 +31,7 @@ from models.dit import DiTConfig
 from train.benchmarks import fixed_losses, interleaved, one_process, ratio, seconds
 from train.measurements import Row
 
-SIZES_BYTES = (100 * 10**6, 10**9, 4 * 10**9)
+ROUNDS = {100 * 10**6: 12, 10**9: 5, 4 * 10**9: 3}  # by bytes of state: what a small one costs is harder to see
 _TENSORS = 16  # that the state is made of
 _BLOCK_BYTES = 1 << 23
 _BASELINE_S = 2.0
@@ -40,10 +40,10 @@ _WINDOW_S_A_GB = 2.0  # after a save: what it leaves to the kernel to write stil
 log = logging.getLogger(__name__)
 
 
-def checkpoint(sizes_bytes: Sequence[int] = SIZES_BYTES, rounds: int = 5) -> list[Row]:
+def checkpoint(rounds_by_size: Mapping[int, int] = ROUNDS) -> list[Row]:
     """Stall and added time of a save over the rivals', and synchronous saves and loads over the disk's own speed."""
     rows: list[Row] = []
-    for size_bytes in sizes_bytes:
+    for size_bytes, rounds in rounds_by_size.items():
         log.info("state of %.3g GB", size_bytes / 1e9)
         with tempfile.TemporaryDirectory(prefix="sfumato-bench-") as name:
             rows += _beside_the_loop(Path(name), size_bytes, rounds)
@@ -120,6 +120,7 @@ def _beside_the_loop(folder: Path, size_bytes: int, rounds: int) -> list[Row]:
             "torch": _torch_save(folder, state),
             "dcp_async": _dcp_async(folder, state),
             "dcp": _Saver(lambda: dcp.save(state, storage_writer=_dcp_writer(folder / "dcp"))),
+            "nothing": _Saver(lambda: None),  # what it seems to add is the noise of all
         }
         costs: dict[str, list[_Cost]] = {name: [] for name in savers}
         for number in range(rounds + 1):  # the first is not counted but for what is first in it

@@ -61,7 +61,7 @@ LLAMA3_STORAGE = 2e12  # bytes a second, sustained
 LLAMA3_DETECT_S, LLAMA3_RESTART_S = 60.0, 300.0
 
 # --- Assumed of a cluster of machines like this one ---
-NODES = 1000
+NODES, MANY_NODES = 1000, 16_384
 STATE_BYTES = LLAMA3_STATE_BYTES / LLAMA3_NODES  # a node, 2.4 GB
 STEP_S = LLAMA3_STEP_S
 PEER_BANDWIDTH = 1e9  # bytes a second between two nodes, beside training
@@ -255,7 +255,7 @@ def cases(here: Here, nodes: int) -> dict[str, Case]:
 
 
 def _thousand_nodes(here: Here) -> list[Row]:
-    """What a thousand nodes would get, where the rest goes, and whether `auto` saves as often as it should."""
+    """What a thousand nodes and many more would get, where the rest goes, and whether `auto` saves as it should."""
     asked = cases(here, NODES)
     found = {name: case.goodput() for name, case in asked.items()}
     rows = [_ratio(f"{NODES}_nodes.{name}", each) for name, each in found.items()]
@@ -269,6 +269,9 @@ def _thousand_nodes(here: Here) -> list[Row]:
     for name in ("as_it_is", "saves_on_disk_alone"):
         every = asked[name].schedule.every
         rows.append(Row(name=f"goodput.{NODES}_nodes.{name}.auto_saves_every", value=every, unit="steps"))
+    for name, case in cases(here, MANY_NODES).items():
+        if not name.startswith("no_spares"):
+            rows.append(_ratio(f"{MANY_NODES}_nodes.{name}", case.goodput()))
     worst = min(_auto_over_best(cases(here, nodes)["saves_on_disk_alone"]) for nodes in (10, 100, 1000, 10_000))
     return [*rows, Row(name="goodput.auto_over_best_interval", value=worst, unit="1", target=0.99, ok=worst >= 0.99)]
 
@@ -306,7 +309,7 @@ def draw(
     for number, nodes in enumerate(intervals_of):
         log.info("drawing intervals of %d nodes", nodes)
         alone = cases(here, nodes)["saves_on_disk_alone"]
-        steps = [1 << power for power in range(1, 12)]
+        steps = [round(2 ** (power / 2)) for power in range(2, 23)]
         ratios = [ratio(replace(alone, schedule=Schedule(every))) for every in steps]
         colour = f"C{number}"
         by_interval.plot([every * STEP_S / 60 for every in steps], ratios, color=colour, label=f"{nodes:,} nodes")

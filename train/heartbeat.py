@@ -240,6 +240,14 @@ class RankWatch:
             return Finding("died", rank, since_s, f"rank {rank} died without a word")
         return Finding("exited", rank, since_s, f"rank {rank} ended with status {status}", status) if status else None
 
+    def wait(self, seconds: float) -> None:
+        """Sleep, until a rank ends at most: so the first of several to end is seen alone, and at once."""
+        poll = select.poll()
+        for rank in self.pids:
+            if rank in self._handles:
+                poll.register(self._handles[rank], select.POLLIN)
+        poll.poll(seconds * 1000)
+
     def stopped(self) -> list[int]:
         """The ranks that a signal has stopped (SIGSTOP, a debugger): alive, but not running."""
         return [rank for rank, pid in self.pids.items() if process_state(pid) in {"T", "t"}]

@@ -46,7 +46,7 @@ class Saves:
         self.epoch = epoch
         self.tiers = Tiers(
             disk=run.path / stage.name / CHECKPOINTS,
-            memory=_memory_folder(run, stage, self.place["node"]) if self.settings.memory_every else None,
+            memory=_memory_folder(run, stage) if self.settings.memory_every else None,
             remote=f"{self.settings.remote.rstrip('/')}/{run.run_id}/{stage.name}" if self.settings.remote else None,
             keep=self.settings.keep,
             keep_every=self.settings.keep_every,
@@ -155,8 +155,13 @@ class Saves:
         self.checkpointer.settle()
 
 
-def _memory_folder(run: RunFolder, stage: TrainStage, node: int) -> Path:
-    """This node's memory of this stage of this very run folder: a copy of the folder is another run's."""
+def _memory_folder(run: RunFolder, stage: TrainStage) -> Path:
+    """This machine's memory of this stage of this very run folder: a copy of the folder is another run's.
+
+    Several launches on one machine, each a node of its own, are told apart by the number that each was given, which
+    stays when the nodes that are left are counted anew.
+    """
     root = Path(os.environ.get(MEMORY, f"/dev/shm/sfumato-{os.getuid()}"))
     where = hashlib.sha256(str(run.path.resolve()).encode()).hexdigest()[:8]
+    node = os.environ.get("SLURM_NODEID") or os.environ.get("NODE_RANK") or "0"
     return root / f"{run.run_id}-{where}" / stage.name / f"node-{node}"

@@ -18,7 +18,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Literal, Protocol
@@ -394,7 +394,7 @@ class _Running:
         while self.tree.leader.poll() is None and not self.stop.requested:
             if self._look():
                 return
-            time.sleep(self.policy.poll_s)
+            self.watch.wait(self.policy.poll_s)
         if self.tree.leader.poll() is None:
             self.supervisor.watcher.say("stopping: the stage saves and ends (again to stop at once, without saving)")
             self._stop()
@@ -444,11 +444,18 @@ class _Running:
     def _end_peers(self, finding: Finding) -> None:
         """A rank has ended: its peers can do nothing without it, and the launcher knows how it ended."""
         patience_s = {EXIT_PREEMPTED: self.policy.grace_s, None: _PEERS_S, 1: _PEERS_S}
-        if self._wait_for_leader(patience_s.get(finding.status, _TALK_S)):
-            return
-        for pid in self.watch.pids.values():
-            _signal(pid, signal.SIGKILL)
-        self._wait_for_leader(_REPORT_S)
+        if not self._wait_for_leader(patience_s.get(finding.status, _TALK_S)):
+            for pid in self.watch.pids.values():
+                _signal(pid, signal.SIGKILL)
+            self._wait_for_leader(_REPORT_S)
+        code = self.tree.leader.returncode
+        if finding.kind == "died" and code is not None and signal_of(code) is None:
+            # Two had ended when we looked, and it was the launcher that ended the one that said nothing.
+            for rank, status in self.watch.statuses().items():
+                if status == code:
+                    self.what = f"rank {rank} ended with status {status}"
+                    self.finding = replace(finding, kind="exited", rank=rank, status=status, text=self.what)
+                    return
 
     def _wait_for_leader(self, seconds: float) -> bool:
         deadline = time.monotonic() + seconds

@@ -476,6 +476,12 @@ def test_prune_never_removes_the_newest_whole_one(place: Place) -> None:
     assert newest.save == saves[1]
 
 
+def test_prune_does_not_read_what_was_just_committed(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    saves = [save_step(place, step) for step in (100, 200, 300)]
+    monkeypatch.setattr(store, "verify", lambda *_: pytest.fail("it was read"))
+    assert store.prune(place, keep=2, whole=saves[-1]) == [saves[0]]
+
+
 def test_prune_removes_nothing_where_none_is_whole(place: Place) -> None:
     for step in range(3):
         break_payload(place, save_step(place, step))

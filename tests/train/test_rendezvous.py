@@ -90,6 +90,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_two_nodes_meet_and_finish_together(folder: Path, start: Start) -> None:
     nodes = [start(1, "takes a while"), start(0, "takes a while")]  # whichever comes first waits
     said = [node.end() for node in nodes]
@@ -118,6 +119,7 @@ def test_a_killed_node_is_waited_for_and_taken_back(folder: Path, start: Start) 
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_a_killed_node_is_done_without_where_that_is_allowed(folder: Path, start: Start) -> None:
     first, second = start(0, "takes a while", min_ranks=1), start(1, "takes a while", min_ranks=1)
     wait_for((folder / "rank-1-of-2").exists)
@@ -128,6 +130,7 @@ def test_a_killed_node_is_done_without_where_that_is_allowed(folder: Path, start
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_when_the_launch_of_node_0_is_killed_the_others_say_so_and_end(folder: Path, start: Start) -> None:
     first, second = start(0, "takes a while"), start(1, "takes a while")
     wait_for(lambda: (folder / "rank-0-of-2").exists() and (folder / "rank-1-of-2").exists())
@@ -137,6 +140,7 @@ def test_when_the_launch_of_node_0_is_killed_the_others_say_so_and_end(folder: P
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_a_stop_of_one_node_saves_on_all_and_a_stop_of_all_ends_them(folder: Path, start: Start) -> None:
     nodes = [start(0, "takes a while"), start(1, "takes a while")]
     wait_for(lambda: (folder / "rank-0-of-2").exists() and (folder / "rank-1-of-2").exists())

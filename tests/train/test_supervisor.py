@@ -391,7 +391,7 @@ def test_a_slow_rank_is_named(folder: Path, screen: Screen) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("who", ["agent", "rank 0", "rank 1"])
+@pytest.mark.parametrize("who", ["agent", "rank 0", pytest.param("rank 1", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_whoever_is_killed_or_told_to_stop_the_stage_goes_on(
     folder: Path, screen: Screen, who: str, number: signal.Signals
