@@ -109,7 +109,7 @@ class Demo:
             failpoint=f"step.computed@rank=1,step={KILLED_STEP}",
             stopped_after=STOPPED_AFTER,
         )
-        self.rows.append(self.restart(f"SIGKILL of rank 1 in step {KILLED_STEP} of {PUBLIC}", PUBLIC))
+        self.rows.append(self.restart(f"SIGKILL of rank 1 in step {KILLED_STEP} of {PUBLIC}", PUBLIC, KILLED_STEP))
         stopped = next(event for event in self.events(PUBLIC) if event["event"] == "stopped")
 
         path, at = flip_a_bit(self.broken / PUBLIC / "checkpoints")
@@ -123,7 +123,8 @@ class Demo:
         )
         refused = self.said(PUBLIC, path.parent.name)
         self.rows.append(Row(f"a bit flipped in {path.parent.name}", refused, went_on))
-        self.rows.append(self.restart(f"SIGKILL of rank 0 in the save of step {SAVED_STEP} of {PRIVATE}", PRIVATE))
+        fault = f"SIGKILL of rank 0 in the save of step {SAVED_STEP} of {PRIVATE}"
+        self.rows.append(self.restart(fault, PRIVATE, SAVED_STEP))
 
     def say(self, text: str) -> None:
         """A headline between the launches' own words."""
@@ -159,8 +160,8 @@ class Demo:
         """The stage's timeline."""
         return lines_of(self.broken / stage / "timeline.jsonl")
 
-    def restart(self, fault: str, stage: str) -> Row:
-        """What the timeline tells of the stage's first failure."""
+    def restart(self, fault: str, stage: str, done: int) -> Row:
+        """What the timeline tells of the stage's first failure, when so many steps were done."""
         events = list(self.events(stage))
         at = next(number for number, event in enumerate(events) if event["event"] == "detected")
         loaded, resumed = (
@@ -168,15 +169,14 @@ class Demo:
         )
         seconds = sum(value for name, value in resumed.items() if name in ("detect_s", "start_s", "load_s", "step_s"))
         seen = f"{events[at]['text']}; seen after {resumed['detect_s']:.1f} s, stepping again after {seconds:.1f} s"
-        died = lines_of(self.broken / stage / "attempts.jsonl").__next__()["step"]
-        return Row(fault, seen, f"step {loaded['step']}, from {loaded['tier']}: {died - loaded['step']} steps again")
+        return Row(fault, seen, f"step {loaded['step']}, from {loaded['tier']}: {done - loaded['step']} steps again")
 
     def said(self, stage: str, name: str) -> str:
         """What a log of the stage says of why the save was passed over."""
         for log in sorted((self.broken / stage).glob("log-*.txt"), reverse=True):
             for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
                 if "skipped a save" in line and name in line:
-                    return line.partition(f"{name}/")[2]
+                    return line.partition(f"{name}/")[2].partition(": digest")[0]
         return "NOT SAID"
 
     def table(self) -> Table:

@@ -87,7 +87,7 @@ class Parallel(Section):
 
     backend: Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
     nproc: Positive = 1  # processes a node
-    min_ranks: Positive | None = None  # where devices are lost, a restart goes on with so many at least; null: nproc
+    min_ranks: Positive | None = None  # over all nodes: a restart goes on without lost ones down to it; null: all
     activation_checkpointing: bool = False
     compile: bool = False
     hardware: str = "auto"  # a file of configs/hardware, for MFU and the memory plan

@@ -105,6 +105,7 @@ def train(stage: TrainStage, run: RunFolder, world: World, fencing_epoch: int, h
         with heartbeat.section("save"):
             saved = training.saves.finish()
         if done < stage.train.steps:
+            training.log.tell(done, at_once=True)
             training.timeline.event("stopped", step=done, why="signal")
             raise Preempted(f"stage {stage.name} was told to stop: step {done} of {stage.train.steps} is saved")
         heartbeat.section("finish")
@@ -282,7 +283,7 @@ class _Log:
         """Tell of a step that was left out."""
         if self.metrics is not None:
             self.metrics.log(step, skipped=True)
-            self._tell(step + 1)
+            self.tell(step + 1)
 
     def step(self, step: int, values: StepReport) -> None:
         """Tell of a step that is done."""
@@ -296,11 +297,12 @@ class _Log:
             self.metrics.log(step, loss=values.loss, **epsilon, **self.throughput.read())
             text += "".join(f"  epsilon {value:.3f}" for value in epsilon.values())
         self.progress(done, self.last, text)
-        self._tell(done)
+        self.tell(done)
 
-    def _tell(self, done: int) -> None:
+    def tell(self, done: int, *, at_once: bool = False) -> None:
+        """Put into the timeline the steps that were taken since it was last told, every few seconds or at once."""
         now = time.monotonic()
-        if now - self.told_at >= _TIMELINE_S or done == self.last:
+        if done > self.told and (at_once or now - self.told_at >= _TIMELINE_S or done == self.last):
             self.timeline.event("steps", first=self.told, last=done, seconds=round(now - self.told_at, 3))
             self.told, self.told_at = done, now
 

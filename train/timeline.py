@@ -161,7 +161,10 @@ def _account(spent: Spent, attempt: _Attempt, *, again: bool, cut: int | None) -
         spent.lost += (seconds - still) * (1 - kept)
     drained = min(sum(event["seconds"] for event in attempt.all("drained")), left)
     spent.saving += drained
-    if cut is not None and detected is not None:
-        spent.lost += left - drained  # after the last steps it told of
+    stopped = attempt.first("stopped")  # once it had saved; the steps since it last told of any were not lost
+    if stopped is not None and (cut is None or cut >= stopped["step"]):
+        spent.productive += left - drained
+    elif cut is not None and detected is not None:
+        spent.lost += left - drained
     else:
         spent.other += left - drained

@@ -102,6 +102,27 @@ def test_what_a_failure_cost_is_told_by_kind_and_adds_up_to_the_wall_clock(tmp_p
     )
 
 
+def test_a_stage_that_saved_before_it_was_stopped_lost_nothing(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        (0, 1, "launched", {"launch": "a"}),
+        (1, 1, "joined", {}),
+        (2, 1, "loaded", {"step": 0}),
+        (12, 1, "steps", {"first": 0, "last": 10, "seconds": 10.0}),
+        (14, 1, "drained", {"seconds": 1.0}),
+        (14, 1, "stopped", {"step": 11, "why": "signal"}),
+        (14, 1, "detected", {"cause": "exited", "since_s": 0.0}),
+        (14, 1, "ended", {"exit_code": 75, "cause": "preempted"}),
+        (15, 2, "launched", {"launch": "a"}),
+        (16, 2, "joined", {}),
+        (17, 2, "loaded", {"step": 11}),
+        (27, 2, "steps", {"first": 11, "last": 21, "seconds": 10.0}),
+        (27, 2, "ended", {}),
+    )
+    time = effective_time(tmp_path)
+    assert (time["lost"], time["productive"], time["saving"]) == pytest.approx((0, 21, 1))
+
+
 def test_steps_that_two_failures_in_a_row_undid_are_lost(tmp_path: Path) -> None:
     write(
         tmp_path,
