@@ -23,7 +23,7 @@ EPILOG = """examples:
 On several nodes start it once a node, with the run folder on a shared disk, MASTER_ADDR naming the first node and
 NODE_RANK counting from 0 (under Slurm both are found). Ctrl-C saves and stops; twice stops at once.
 
-exit status: 0 done, 1 a figure missed its target or another node's launch is gone, 2 something for you to mend,
+exit status: 0 done, 1 a figure missed its target, 2 something for you to mend, 129 the launch of node 0 is gone,
 3 given up after crashes, 4 after hangs, 5 after bad steps (each: restarts brought nothing), 130 or 143 stopped
 """
 

@@ -13,7 +13,7 @@ Harm = tuple[int, int]  # first byte harmed, and the one after the last
 
 
 def corrupt(kind: str, path: Path, generator: random.Random) -> list[Path]:
-    """Do it; returns the files that are harmed."""
+    """Do it; returns the files that are harmed: none where there is no other to change places with."""
     before = {other: other.read_bytes() for other in path.parent.parent.glob("*/*") if other.is_file()}
     FAULTS[kind](path, generator)
     return [path for path, data in before.items() if not path.exists() or path.read_bytes() != data]
@@ -77,6 +77,8 @@ def swapped_between_saves(path: Path, _: random.Random) -> Harm:
 
 
 def _swap(path: Path, others: list[Path]) -> Harm:
+    if not others:
+        return 0, 0
     other = sorted(others)[0]
     aside = path.with_name("aside")
     shutil.move(path, aside)

@@ -200,7 +200,8 @@ class Trial:
             path = generator.choice(found)
             harmed = corruption.corrupt(harm.kind, path, generator)
             self.harmed |= {save for one in harmed if (save := SaveId.parse(one.parent.name))}
-            (self.folder / "struck-file").touch()
+            if harmed:
+                (self.folder / "struck-file").touch()
 
     # --- what must hold ---
 
@@ -354,19 +355,14 @@ def on_disk() -> Iterator[Fault]:
         yield Fault(f"disk full for good at step 12, rank {rank}", disk=full)
         # What a lying disk holds is found out at the next load: the machine is lost after it.
         ended = f"step.computed@rank={rank},step=11"
-        for kind in ("torn", "zero_hole", "bit_flip"):
-            for file in (
-                f"rank-{rank:05d}.safetensors",
-                f"rank-{rank:05d}.json*",
-                *(("MANIFEST*", "latest*")[: 2 - 2 * rank]),
-            ):
-                lie = DiskFault(kind, "write", f"*step-00000008.*/{file}" if file[0] != "l" else "*latest*", rank=rank)
-                yield Fault(
-                    f"{kind} in {file} of step 8, then machine lost", failpoint=ended, disk=lie, memory_lost=True
-                )
-        for file in (f"*8.*/rank-{rank:05d}.json", *(("*8.*/MANIFEST.json", "*latest")[: 2 - 2 * rank])):
-            lie = DiskFault("lost_rename", "rename", file, rank=rank)
-            yield Fault(f"lost_rename of {file}, then machine lost", failpoint=ended, disk=lie, memory_lost=True)
+        lies = [(kind, "write", file) for kind in ("torn", "zero_hole", "bit_flip") for file in (shard, index)]
+        lies += [("lost_rename", "rename", index.removesuffix("*"))]
+        if rank == 0:
+            lies += [(kind, "write", "*8.*/MANIFEST*") for kind in ("torn", "zero_hole", "bit_flip")]
+            lies += [("lost_rename", "rename", "*8.*/MANIFEST*"), ("lost_rename", "rename", "*latest")]
+        for kind, operation, file in lies:
+            lie = DiskFault(kind, operation, file, rank=rank)  # pyright: ignore[reportArgumentType]
+            yield Fault(f"{kind} of {file}, then machine lost", failpoint=ended, disk=lie, memory_lost=True)
 
 
 def from_outside() -> Iterator[Fault]:

@@ -1,13 +1,16 @@
-"""A launched stage whose processes are killed, stopped and told to end, one kind at a time: it ends with the same bits."""
+"""A launched stage of which one process is killed, stopped or told to end: it ends with the unbroken run's bits."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,6 +23,7 @@ from tests.integration.short_run import ROOT, STEPS, launch, launch_command
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
 
 STEP_LIMIT_S = 8
+_STEP = re.compile(r'"step": (\d+),')
 LIMITS = ("--set", f"supervision.step_s={STEP_LIMIT_S}", "--set", "pretrain.train.steps=120")
 WHO = ("rank 0", "rank 1", "writer of rank 0", "agent", "launch")
 
@@ -63,16 +67,23 @@ def processes_of(run: Path) -> dict[str, int]:
     return found
 
 
-def start(run: Path, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+@contextmanager
+def started(run: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """A launch, of which nothing is left after the block."""
+    process = subprocess.Popen(
         launch_command(run, *arguments), cwd=ROOT, env={**os.environ, "CHAOS_RUN": str(run)},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
+    try:
+        yield process
+    finally:
+        for pid in processes_of(run).values():
+            os.kill(pid, signal.SIGKILL)
 
 
 def wait_for_step(run: Path, stage: str, step: int) -> None:
     progress, deadline = run / stage / "progress.jsonl", time.monotonic() + 120
-    while not (progress.exists() and f'"step": {step},' in progress.read_text()):
+    while not (progress.exists() and any(int(told) >= step for told in _STEP.findall(progress.read_text()))):
         assert time.monotonic() < deadline, "the stage never came so far"
         time.sleep(0.05)
 
@@ -96,22 +107,21 @@ def test_whichever_process_of_a_launch_is_struck_the_stage_ends_with_the_same_bi
     for stage in ("ingest", "filter"):
         shutil.copytree(unbroken / stage, run / stage)
     arguments = ("--until", "pretrain", *LIMITS)
-    process = start(run, *arguments)
-    wait_for_step(run, "pretrain", 25)
-    os.kill(processes_of(run)[who], number)
-    if who == "launch" and number == signal.SIGSTOP:
-        time.sleep(5)
-        process.send_signal(signal.SIGCONT)
-    said, _ = process.communicate(timeout=200)
-    launches, status = 1, process.returncode
-    if who == "launch" and number != signal.SIGSTOP:
-        assert status == (-signal.SIGKILL if number == signal.SIGKILL else 128 + signal.SIGTERM), said[-3000:]
+    with started(run, *arguments) as process:
+        wait_for_step(run, "pretrain", 25)
+        os.kill(processes_of(run)[who], number)
+        if who == "launch" and number == signal.SIGSTOP:
+            time.sleep(5)
+            process.send_signal(signal.SIGCONT)
+        said, _ = process.communicate(timeout=200)
         assert nothing_is_left_of(run), processes_of(run)
+    launches = 1
+    if who == "launch" and number != signal.SIGSTOP:
+        assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 128 + signal.SIGTERM), said
         launch(run, *arguments)
         launches = 2
     else:
-        assert status == 0, said[-3000:]
-    assert nothing_is_left_of(run), processes_of(run)
+        assert process.returncode == 0, said
     assert digest(run) == digest(unbroken)
     with capsys.disabled():
         attempts = len((run / "pretrain" / "attempts.jsonl").read_text().splitlines())
@@ -124,11 +134,11 @@ def test_whichever_process_of_private_training_is_killed_the_audit_holds(
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(unbroken, run)
-    process = start(run, "--until", "finetune_dp", *LIMITS)
-    wait_for_step(run, "finetune_dp", 7)
-    os.kill(processes_of(run)[who], signal.SIGKILL)
-    said, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, said[-3000:]
+    with started(run, "--until", "finetune_dp", *LIMITS) as process:
+        wait_for_step(run, "finetune_dp", 7)
+        os.kill(processes_of(run)[who], signal.SIGKILL)
+        said, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, said
     report = audit_run(run)
     assert report.exit_code == 0, report.claims
     found = store.newest_whole(LocalPlace(run / "finetune_dp" / "checkpoints"))

@@ -26,8 +26,10 @@ import torch
 
 import privacy.accounting.pld  # noqa: F401
 from checkpointing.failpoints import failpoint
+from checkpointing.tiers import Checkpointer
 from privacy.noise import GaussianNoise
 from train.config import FinetuneStage
+from train.heartbeat import Heartbeat
 from train.parallel import Backend
 from train.recipe import load_stage
 from train.run_folder import RunFolder
@@ -42,7 +44,7 @@ OVERRIDES = (
     f"train.batch_size={BATCH}",
     "train.microbatch_size=12",
     "optim.warmup_steps=0",
-    "checkpoint={every: 2, keep: 2}",
+    "checkpoint={every: 2, keep: 2, memory_every: 0}",
     "log={every: 100, wandb: disabled}",
     "privacy.replay_steps=8",
     "privacy.clipping=two_pass",
@@ -69,7 +71,21 @@ def run(folder: Path, charge_ahead: int, environment: dict[str, str], fencing_ep
     os.dup2(log, sys.stderr.fileno())
     torch.set_num_threads(1)
     _Account(folder / f"account-{fencing_epoch}-{rank}.jsonl", folder / "ledger.jsonl").open()
-    run_stage(stage_for(int(environment["WORLD_SIZE"]), charge_ahead), RunFolder.open(folder, "digits"), fencing_epoch)
+    _save_before_the_next_step()
+    stage = stage_for(int(environment["WORLD_SIZE"]), charge_ahead)
+    run_stage(stage, RunFolder.open(folder, "digits"), fencing_epoch, Heartbeat(rank))
+
+
+def _save_before_the_next_step() -> None:
+    """So that what is on the disk when the process dies does not depend on how far its writer has come."""
+    snapshot = Checkpointer.snapshot
+
+    def snapshot_and_drain(saves: Checkpointer, *what: Any, **how: Any) -> bool:
+        begun = snapshot(saves, *what, **how)
+        saves.drain()
+        return begun
+
+    Checkpointer.snapshot = snapshot_and_drain  # type: ignore[method-assign]
 
 
 class _Account:

@@ -89,7 +89,8 @@ def test_these_cases_take_every_path_to_a_norm(monkeypatch: pytest.MonkeyPatch) 
         for layer, num_tokens in (("linear_2d", 1), ("linear_3d", 3), ("linear_3d", 40), ("wide", 40)):
             case = wide_linear(num_tokens) if layer == "wide" else CASES[layer](num_tokens)
             assert error_of(case.to(torch.float64), engine) < 1e-10
-    assert taken == {"direct", "gram", "gram_in_bands", "formed_None", "formed_later", "formed_at_once"}
+    formed = {f"formed_{reuse}" for reuse in ("None", "later", "later_in_little", "at_once")}
+    assert taken == {"direct", "gram", "gram_in_bands", *formed}
 
 
 def wide_linear(num_tokens: int) -> Case:

@@ -22,6 +22,7 @@ from privacy.sampling import PoissonSampler
 from privacy.secrets import create_key_file, load_master_secret, signing_seed
 from train.config import FinetuneStage
 from train.data import Batch, ShardDataset
+from train.heartbeat import Heartbeat
 from train.images import encode_png
 from train.loop import Preempted, train
 from train.optim import ExponentialMovingAverage
@@ -256,7 +257,7 @@ def test_ranks_of_unequal_draw_run_equally_many_microbatches_of_one_size(prepare
 
 
 def trained(run: RunFolder, stage: FinetuneStage) -> dict[tuple[str, str], torch.Tensor]:
-    train(stage, run, join_world(), fencing_epoch=1)
+    train(stage, run, join_world(), run.next_fencing_epoch(run.ledger_path(stage)), Heartbeat(0))
     checkpoint = latest(run.path / stage.name / "checkpoints")
     assert checkpoint is not None and checkpoint.step == stage.train.steps
     return {key: checkpoint.read(*key) for key in checkpoint.tensors()}
@@ -290,7 +291,7 @@ def test_a_stop_and_a_resume_end_bit_for_bit_as_a_run_without(
     with monkeypatch.context() as patched:
         patched.setattr(PrivateStep, "__call__", stop_after_the_second)
         with pytest.raises(Preempted):
-            train(stage, stopped, join_world(), fencing_epoch=1)
+            train(stage, stopped, join_world(), stopped.next_fencing_epoch(stopped.ledger_path(stage)), Heartbeat(0))
     got = trained(stopped, stage)
     assert all(torch.equal(expected[key], got[key]) for key in expected)
     (tally,) = read_ledger(stopped.path / "ledger.jsonl").stages.values()
