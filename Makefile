@@ -8,7 +8,7 @@ RUN ?= runs/digits
 PARALLEL ?= --numprocesses auto --maxprocesses 4 --dist loadfile
 export DS_ACCELERATOR ?= cpu
 
-.PHONY: help setup demo test test-slow check bench clean
+.PHONY: help setup demo demo-crash test test-slow check bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -25,6 +25,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)  ## the main job on embedded data: two ranks on the CPU, into runs/digits
 	$(BIN)/python scripts/launch.py configs/digits --nproc 2 --run-dir $(RUN)
+
+demo-crash: $(STAMP)  ## a short demo with four faults injected: two kills, a flipped bit, a SIGTERM; into runs/crash
+	$(BIN)/python scripts/demo_crash.py --nproc 2
 
 test: $(STAMP)  ## the tests (under 15 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PARALLEL)

@@ -74,6 +74,8 @@ class Fault:
     corruption: Corruption | None = None
     memory_lost: bool = False  # the machine, and not only the job, starts again
     plain: bool = False  # saves without tiers
+    num_nodes: int = 1
+    node_lost: int | None = None  # whose memory is gone with it
 
     @property
     def silent(self) -> bool:
@@ -115,16 +117,18 @@ class Trial:
         self.folder.mkdir(parents=True)
         for epoch in range(1, ATTEMPTS + 1):
             self._attempt(epoch)
-            self._check(epoch)
+            self.check(epoch)
             if self.outcome.finished or self.outcome.broken:
                 break
             if self.fault.memory_lost:
                 remove_tree(self.folder / "memory")
+            if epoch == 1 and self.fault.node_lost is not None:
+                remove_tree(self.folder / "memory" / f"node-{self.fault.node_lost}")
             if epoch == 1 and self.fault.corruption is not None:
                 self._corrupt(self.fault.corruption)
         self.outcome.struck = self._struck()
         if self.outcome.finished:
-            self._check_end()
+            self.check_end()
         elif not self.outcome.refused and not self.outcome.broken:
             self.outcome.broken.append(f"neither finished nor refused in {ATTEMPTS} attempts")
         return self.outcome
@@ -133,7 +137,11 @@ class Trial:
 
     def _environment(self, rank: int) -> dict[str, str]:
         disk = () if self.fault.disk is None else (replace(self.fault.disk, marker=str(self.folder / "struck-disk")),)
-        environment = {"RANK": str(rank), "WORLD_SIZE": str(WORLD_SIZE), **faulty_disk.environment(disk, self.journal)}
+        placed = {"RANK": rank, "WORLD_SIZE": WORLD_SIZE, "NNODES": self.fault.num_nodes}
+        environment = {
+            **{key: str(value) for key, value in placed.items()},
+            **faulty_disk.environment(disk, self.journal),
+        }
         if self.fault.failpoint is not None:
             environment["SFUMATO_FAILPOINT"] = self.fault.failpoint
             environment["SFUMATO_FAILPOINT_ONCE"] = str(self.folder / "struck")
@@ -205,7 +213,7 @@ class Trial:
 
     # --- what must hold ---
 
-    def _check(self, epoch: int) -> None:
+    def check(self, epoch: int) -> None:
         broken, told = self.outcome.broken, [list(self._account(epoch, rank)) for rank in range(WORLD_SIZE)]
         before = set(self.durable)
         loaded = [line for lines in told for line in lines if "loaded" in line]
@@ -234,7 +242,7 @@ class Trial:
         kept = newest(self.durable | set(store.committed(self.place)), trainer.KEEP) & self.durable - self.harmed
         broken += broken_saves(self.place, set[SaveId]() if self.fault.silent else kept)
 
-    def _check_end(self) -> None:
+    def check_end(self) -> None:
         """The last save is there and right, unless the disk lied about it; then it is not taken for right."""
         with warnings.catch_warnings(record=True):
             warnings.simplefilter("always")
@@ -381,9 +389,21 @@ def corrupted() -> Iterator[Fault]:
                 continue
             harm = Corruption(kind, f"checkpoints/step-00000008.*/{file}")
             yield Fault(f"{kind} of {file} of step 8, machine lost", failpoint=ended, corruption=harm, memory_lost=True)
-        harm = Corruption(kind, "memory/step-*/rank-*")
+        harm = Corruption(kind, "memory/*/step-*/rank-*")
         if not kind.startswith("swapped_between_saves"):
             yield Fault(f"{kind} of a file in memory", failpoint=ended, corruption=harm)
+
+
+def on_two_nodes() -> Iterator[Fault]:
+    for rank in range(WORLD_SIZE):
+        for action in ("kill", "stop", "eio", "delay"):
+            where = f"peer.sending@step=8,rank={rank}!{action}"
+            yield Fault(f"two nodes, {where}", where, num_nodes=2)
+        yield Fault(f"two nodes, node {rank} lost", f"step.computed@rank={rank},step=11", num_nodes=2, node_lost=rank)
+        for file in (f"rank-{rank:05d}.safetensors", f"rank-{rank:05d}.json"):
+            harm = Corruption("bit_flip", f"memory/node-{rank}/step-*/{file}")
+            name = f"two nodes, bit_flip of {file} in the memory of its node"
+            yield Fault(name, f"step.computed@rank={rank},step=11", corruption=harm, num_nodes=2)
 
 
 def drawn(number: int, seed: int) -> Iterator[Fault]:
@@ -427,7 +447,7 @@ def drawn(number: int, seed: int) -> Iterator[Fault]:
             case _:
                 kind, where = (
                     choice(list(corruption.FAULTS)),
-                    choice(("checkpoints/step-*/*", "checkpoints/step-*/*", "memory/step-*/*")),
+                    choice(("checkpoints/step-*/*", "checkpoints/step-*/*", "memory/*/step-*/*")),
                 )
                 ended = replace(ended, lines=generator.randrange(7, 14))
                 fault = Fault(
@@ -445,6 +465,7 @@ MATRIX: dict[str, Callable[[], Iterator[Fault]]] = {
     "disk": on_disk,
     "signals": from_outside,
     "corruption": corrupted,
+    "nodes": on_two_nodes,
 }
 
 

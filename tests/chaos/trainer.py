@@ -24,6 +24,7 @@ from torch import Tensor
 
 from checkpointing.failpoints import failpoint
 from checkpointing.layout import Piece
+from checkpointing.peers import PeerLink
 from checkpointing.recovery import recover
 from checkpointing.sharded import Checkpoint, Chunk, latest, save_now
 from checkpointing.store import CheckpointError, LocalPlace, SaveId, fence, holds_fence, prune
@@ -76,8 +77,8 @@ def wrong_pieces(checkpoint: Checkpoint, pieces: Sequence[Piece]) -> list[str]:
     return wrong
 
 
-def tiers_of(folder: Path) -> Tiers:
-    return Tiers(disk=folder / "checkpoints", memory=folder / "memory", keep=KEEP)
+def tiers_of(folder: Path, node: int) -> Tiers:
+    return Tiers(disk=folder / "checkpoints", memory=folder / "memory" / f"node-{node}", keep=KEEP)
 
 
 def run(folder: Path, epoch: int, environment: dict[str, str], plain: bool = False) -> None:
@@ -140,11 +141,14 @@ def _agree(values: list[float]) -> list[float]:
 
 
 def _train(folder: Path, epoch: int, rank: int, world_size: int, plain: bool, account: Account) -> None:
-    pieces, tiers = pieces_of(rank, world_size), tiers_of(folder)
+    num_nodes = int(os.environ.get("NNODES", "1"))
+    known: dict[str, Any] = {"rank": rank, "world_size": world_size, "node": rank * num_nodes // world_size}
+    pieces, tiers = pieces_of(rank, world_size), tiers_of(folder, known["node"])
     if plain:
         found = _recover_plain(tiers.disk, rank)
     else:
-        found = recover(tiers, pieces, rank=rank, world_size=world_size, gather=_gather)
+        known |= {"peer": PeerLink.join(**known, timeout_s=TIMEOUT_S), "num_nodes": num_nodes}
+        found = recover(tiers, pieces, **known, gather=_gather)
     first = 0
     if found is not None:
         first = found.step
@@ -152,7 +156,7 @@ def _train(folder: Path, epoch: int, rank: int, world_size: int, plain: bool, ac
         account.tell(loaded=found.save.name, where=found.where, wrong=wrong)
         if wrong:
             sys.exit(EXIT_WRONG)
-    known = {"rank": rank, "world_size": world_size, "epoch": epoch, "timeout_s": TIMEOUT_S}
+    known |= {"epoch": epoch, "timeout_s": TIMEOUT_S}
     with _Plain(tiers, pieces, **known) if plain else Checkpointer(tiers, pieces, agree=_agree, **known) as saver:
         for step in range(first, STEPS):
             time.sleep(STEP_S)
@@ -183,7 +187,10 @@ def _train(folder: Path, epoch: int, rank: int, world_size: int, plain: bool, ac
 class _Plain:
     """`save_now` as a checkpointer: no memory, no writer, the step waits."""
 
-    def __init__(self, tiers: Tiers, pieces: Sequence[Piece], *, epoch: int, rank: int, **known: Any) -> None:
+    def __init__(
+        self, tiers: Tiers, pieces: Sequence[Piece], *, epoch: int, rank: int, node: int, **known: Any
+    ) -> None:
+        del node
         self.place, self.keep, self.pieces, self.rank, self.known = (
             LocalPlace(tiers.disk),
             tiers.keep,
@@ -230,3 +237,7 @@ def _recover_plain(root: Path, rank: int) -> Checkpoint | None:
     found = latest(root) if rank == 0 else None
     name = _gather(None if found is None else found.save.name)[0]
     return None if name is None else found or Checkpoint.open(root / name)
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]), int(sys.argv[2]), dict(os.environ))
