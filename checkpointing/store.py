@@ -281,9 +281,7 @@ def uncommitted(place: Place) -> list[SaveId]:
     return [save for save in place.saves() if not place.has(save, MANIFEST)]
 
 
-def prune(
-    where: Place | Path, keep: int, keep_every: int | None = None, whole: SaveId | None = None
-) -> list[SaveId]:
+def prune(where: Place | Path, keep: int, keep_every: int | None = None, whole: SaveId | None = None) -> list[SaveId]:
     """Remove all but the newest `keep` checkpoints and those of every `keep_every`-th step; returns what was removed.
 
     whole: a checkpoint that its writer has this moment committed, which need not be read to be believed.

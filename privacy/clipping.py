@@ -177,7 +177,8 @@ class FlatClipper(Clipper):
         self, sites: Mapping[str, Site], losses_B: Tensor, kept: Collection[Use], *, retain_graph: bool
     ) -> Tensor:
         # two_pass is chosen for its memory, kept_gradients for its time
-        norms = _NormPass(self.layers, sites, kept, "later" if self.keep == 1 else "later_in_little")
+        reuse: Reuse = "later" if self.keep == 1 else "later_in_little"
+        norms = _NormPass(self.layers, sites, kept, reuse)
         anchor = next(iter(sites.values())).anchor
         with activate(norms):
             torch.autograd.grad(losses_B.sum(), anchor, retain_graph=retain_graph, allow_unused=True)
