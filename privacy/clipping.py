@@ -254,7 +254,7 @@ class _NormPass(Pass):
     ) -> None:
         self.visited = set[Use]()
         self._layers, self._kept = layers, kept
-        self._reuse = reuse
+        self._reuse: Reuse = reuse
         uses = Counter(layers[name].parameters[local] for name, site in sites.items() for local in _used(site))
         self._several: dict[str, list[PerRecordGradient]] = {name: [] for name, number in uses.items() if number > 1}
         self._squared_B: Tensor | None = None

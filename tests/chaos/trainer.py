@@ -142,13 +142,16 @@ def _agree(values: list[float]) -> list[float]:
 
 def _train(folder: Path, epoch: int, rank: int, world_size: int, plain: bool, account: Account) -> None:
     num_nodes = int(os.environ.get("NNODES", "1"))
-    known: dict[str, Any] = {"rank": rank, "world_size": world_size, "node": rank * num_nodes // world_size}
-    pieces, tiers = pieces_of(rank, world_size), tiers_of(folder, known["node"])
+    node = rank * num_nodes // world_size
+    known: dict[str, Any] = {"rank": rank, "world_size": world_size}
+    pieces, tiers = pieces_of(rank, world_size), tiers_of(folder, node)
     if plain:
         found = _recover_plain(tiers.disk, rank)
     else:
-        known |= {"peer": PeerLink.join(**known, timeout_s=TIMEOUT_S), "num_nodes": num_nodes}
+        known["node"] = node
+        known["peer"] = PeerLink.join(**known, timeout_s=TIMEOUT_S)
         found = recover(tiers, pieces, **known, gather=_gather)
+        known["num_nodes"] = num_nodes
     first = 0
     if found is not None:
         first = found.step
