@@ -186,7 +186,10 @@ def save_now(
         else:
             store.wait_for_commit(place, save, timeout_s)
     except Exception as error:
+        cleared_away = rank != 0 and not place.has(save, shard_file(rank))
         store.give_up(place, save, rank, world_size, str(error))
+        if cleared_away:
+            store.wait_for_commit(place, save, timeout_s)  # rank 0 did so, and says why
         raise
 
 

@@ -136,3 +136,12 @@ def test_a_job_killed_at_an_operation_and_run_to_its_end_has_lost_nothing_to_a_p
         wrong = what_is_wrong(crash, operations, tmp_path / "disk")
         assert wrong is None, f"killed at operation {visit}, power lost at the end with {crash.how}: {wrong}"
         remove_tree(tmp_path / "disk")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plain", [True, False], ids=["plain", "tiers"])
+def test_a_rank_that_was_told_of_a_save_can_rely_on_it_however_late_rank_0s_fsync_comes(
+    plain: bool, tmp_path: Path
+) -> None:
+    late = DiskFault("slow", "sync_folder", "*step-*", rank=0, times=None, seconds=0.3)
+    check(record(tmp_path / "job", Fault("late", disk=late, plain=plain)), tmp_path / "disk", mixtures=2)

@@ -22,9 +22,10 @@ from tests.integration.short_run import ROOT, STEPS, launch, launch_command
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
 
-STEP_LIMIT_S = 8
+LIMIT_S = 8
 _STEP = re.compile(r'"step": (\d+),')
-LIMITS = ("--set", f"supervision.step_s={STEP_LIMIT_S}", "--set", "pretrain.train.steps=120")
+LIMITS = [word for key in ("supervision.step_s", "supervision.save_s") for word in ("--set", f"{key}={LIMIT_S}")]
+LIMITS += ["--set", "pretrain.train.steps=120"]
 WHO = ("rank 0", "rank 1", "writer of rank 0", "agent", "launch")
 
 

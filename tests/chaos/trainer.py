@@ -190,10 +190,7 @@ def _train(folder: Path, epoch: int, rank: int, world_size: int, plain: bool, ac
 class _Plain:
     """`save_now` as a checkpointer: no memory, no writer, the step waits."""
 
-    def __init__(
-        self, tiers: Tiers, pieces: Sequence[Piece], *, epoch: int, rank: int, node: int, **known: Any
-    ) -> None:
-        del node
+    def __init__(self, tiers: Tiers, pieces: Sequence[Piece], *, epoch: int, rank: int, **known: Any) -> None:
         self.place, self.keep, self.pieces, self.rank, self.known = (
             LocalPlace(tiers.disk),
             tiers.keep,
