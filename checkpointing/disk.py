@@ -101,11 +101,10 @@ def free_bytes(folder: Path) -> int:
 
 def make_folder(folder: Path) -> None:
     """Create the folder and its missing parents, each durable in its parent."""
-    if folder.is_dir():
-        return
-    make_folder(folder.parent)
-    mkdir(folder)
-    sync_folder(folder.parent)
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        mkdir(folder)
+    sync_folder(folder.parent)  # of an existing one, too: who made it may have died before its name was durable
 
 
 def write_durably(path: Path, data: Buffer, place: str = "file", **where: int) -> None:

@@ -232,6 +232,7 @@ def wait_for_commit(place: Place, save: SaveId, timeout_s: float) -> None:
             raise CheckpointError(f"{place.path(save)} is not committed: rank 0 did not within {timeout_s:g} s")
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+    place.sync(save)  # what is seen may not be durable yet
 
 
 def fence(place: Place, epoch: int) -> None:
@@ -392,6 +393,14 @@ def reason_broken(place: Place, save: SaveId) -> str | None:
     return None
 
 
+def _named_newest(place: Place) -> SaveId | None:
+    """The save that the pointer names, which was committed before it was named."""
+    try:
+        return SaveId.parse(place.read(None, POINTER).decode().strip()) if place.has(None, POINTER) else None
+    except UnicodeDecodeError:
+        return None
+
+
 def newest_whole(place: Place) -> Manifest | None:
     """The newest checkpoint whose every byte is as saved; None where nothing was ever committed.
 
@@ -414,6 +423,9 @@ def newest_whole(place: Place) -> Manifest | None:
         return manifest
     old = [name for name in place.folders() if _FORMAT_1.fullmatch(name) and SaveId.parse(name) is None]
     reasons += [f"{place}/{name} has format 1, and this code reads format {FORMAT}" for name in old]
+    named = _named_newest(place) if not checkpoints else None
+    if named is not None and named in place.saves():
+        reasons.append(f"{place.path(named, MANIFEST)} is missing, though {POINTER} names its save as committed")
     if reasons:
         raise CheckpointError(
             f"none of the {len(reasons)} checkpoints in {place} is whole: {'; '.join(reasons)}. "

@@ -59,7 +59,7 @@ def harm(whole: Path, folder: Path, kind: str, file: str, seed: int, save: SaveI
     shutil.copytree(whole, folder)
     harmed = corrupt(kind, folder / save.name / file, random.Random(seed))
     assert harmed
-    return {save for path in harmed if (save := SaveId.parse(path.parent.name))}
+    return {hit for path in harmed if (hit := SaveId.parse(path.parent.name))}
 
 
 def require_refused(place: LocalPlace, save: SaveId, kind: str, file: str) -> None:

@@ -449,6 +449,14 @@ def test_what_no_save_made_is_left_alone(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 7
 
 
+def test_a_lost_manifest_of_the_only_save_is_no_new_beginning(tmp_path: Path) -> None:
+    place = LocalPlace(tmp_path)
+    save = save_step(place, 100)
+    (place.folder(save) / store.MANIFEST).unlink()
+    with pytest.raises(CheckpointError, match=r"MANIFEST\.json is missing, though latest names its save as committed"):
+        store.newest_whole(place)
+
+
 def test_prune_keeps_the_newest(place: Place) -> None:
     saves = [save_step(place, step) for step in range(5)]
     assert sorted(store.prune(place, keep=2)) == saves[:3]
