@@ -162,7 +162,7 @@ class LocalPlace(Place):
         path = self.folder(save) / file
         where = {} if save is None else {"step": save.step}
         with _named(path, "written"):
-            if save is None:
+            if save is None and not self.root.is_dir():
                 disk.make_folder(self.root)
             disk.write_durably(path, data, _failpoint_of(file), **where)
 
