@@ -18,12 +18,13 @@ import math
 import os
 import statistics
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from checkpointing.sharded import Checkpoint
 from train.config import TrainStage
 from train.parallel import Backend, World
 
@@ -42,8 +43,9 @@ class BadStepsEndTheStage(ValueError):
 class Health:
     """Judges each step's loss, and the weights before each save; the same verdict on every rank."""
 
-    def __init__(self, stage: TrainStage, folder: Path, world: World, state: Mapping[str, Any] | None) -> None:
-        """state: what `state` said when the save was taken that the stage goes on from."""
+    def __init__(self, stage: TrainStage, folder: Path, world: World, resumed: Checkpoint | None) -> None:
+        """resumed: the save that the stage goes on from, with what `state` said when it was taken."""
+        state = None if resumed is None else resumed.state
         self.stage, self.world = stage, world
         self.path = folder / BAD_STEPS
         self.policy, self.spike = stage.supervision.bad_steps, stage.supervision.spike
@@ -52,7 +54,7 @@ class Health:
         self._noted = frozenset(entry["step"] for entry in noted if entry["exact"])
         # Weights are looked at before saves only; up to one that was bad, at every step, to find the step at fault.
         self._watched = max((entry["step"] for entry in noted if not entry["exact"]), default=-1)
-        self._judged = -1
+        self._judged = -1 if resumed is None else resumed.step - 1  # what is saved was found fit
         self.skipped: list[int] = list(state["skipped_steps"]) if state else []
 
     def skips(self, step: int) -> bool:

@@ -141,7 +141,7 @@ class _Training:
         if isinstance(stage, FinetuneStage):
             self.mechanism = stack.enter_context(open_mechanism(stage, run, world, dataset, fencing_epoch, checkpoint))
         self.first = _fill(self.backend, average, stage, run, checkpoint)
-        self.health = Health(stage, folder, world, None if checkpoint is None else checkpoint.state)
+        self.health = Health(stage, folder, world, checkpoint)
         batches = Batches(stage, config, world)
         self.take_step: PublicStep | PrivateStep
         if isinstance(stage, FinetuneStage):
