@@ -27,6 +27,7 @@ POINTER = "latest"
 # What a save writes beside its tensors, generously: headers, indexes, manifest and the file system's own blocks.
 _OVERHEAD_BYTES = 1 << 20
 _BLOCK_BYTES = 1 << 23  # 8 MiB: large for a disk or a ranged GET, small enough to lie in cache when it is digested
+_LEAST_BLOCK_BYTES = 1 << 20  # below, handing a block to another thread costs more than digesting it meanwhile saves
 
 
 class Unreachable(CheckpointError):
@@ -373,7 +374,7 @@ class ShardFile:
 def read_verified(source: Source, begin: int, out: memoryview, digest: str) -> None:
     """Fill `out` from byte `begin` on, and raise CheckpointError unless the bytes have this digest."""
     hasher = blake3()
-    if len(out) <= _BLOCK_BYTES:
+    if len(out) <= _LEAST_BLOCK_BYTES:
         source.read_into(begin, out)
         hasher.update(out)
     else:
@@ -389,8 +390,9 @@ def read_verified(source: Source, begin: int, out: memoryview, digest: str) -> N
 
 
 def _read_blocks(source: Source, begin: int, out: memoryview) -> Iterator[memoryview]:
-    for start in range(0, len(out), _BLOCK_BYTES):
-        part = out[start : start + _BLOCK_BYTES]
+    size = min(_BLOCK_BYTES, max(_LEAST_BLOCK_BYTES, len(out) // 4))  # little is left to digest once the last is read
+    for start in range(0, len(out), size):
+        part = out[start : start + size]
         source.read_into(begin + start, part)
         yield part
 

@@ -10,7 +10,7 @@ descriptors), so no payload goes through a pipe. Orders and answers are JSON, on
     at any time                                                    -> {"failed": SAVE, "act", "why"} {"said": TEXT}
 
 Answers carry "seconds". Only rank 0 commits, prunes, and says which save is to go to the remote store; each rank
-uploads its part of it. The process runs at the lowest priority: it takes what processor time the training step leaves.
+uploads its part of it. The process runs at a low priority, so that the training step goes first.
 
 When stdin ends (the training process is gone, however it went), what was copied is sealed yet, so that the snapshot in
 memory counts; a write to the disk is left torn, and is never committed.
@@ -51,7 +51,7 @@ from checkpointing.places import (
 )
 
 UPLOADING = "uploading"  # beside the saves: the name of the one that all ranks upload now
-_LOWEST_PRIORITY = 19
+_NICE = 5  # among busy processes 19 would get a second of processor time in two minutes, and the loop waits for it
 _POLL_S, _LONGEST_PAUSE_S = 0.5, 60.0
 _BLOCK_BYTES = 1 << 24
 
@@ -81,7 +81,7 @@ class Orders:
 
 
 def main() -> int:
-    os.nice(_LOWEST_PRIORITY)
+    os.nice(_NICE)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # they are meant for the training process, which tells us when to end
     writer = _Writer(Orders.parse(sys.stdin.readline()))

@@ -6,6 +6,7 @@ BASE holds a prepared run folder `BASE/prepared-CASE` for each case of CASES; ea
 with the same ledger id, the same secret and the same noise. Its copy is `BASE/CASE-BACKEND-RANKS`.
 """
 
+import faulthandler
 import os
 import shutil
 import sys
@@ -61,6 +62,7 @@ def stage_for(case: str, backend: str, nproc: int):
 def main() -> None:
     base = Path(sys.argv[1])
     world = join_world()
+    faulthandler.dump_traceback_later(270, exit=True)  # before test_backends.py loses its patience
     for token in sys.argv[2:]:
         case, backend = token.split(":")
         folder = base / f"{case}-{backend}-{world.size}"

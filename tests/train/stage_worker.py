@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from train.heartbeat import Heartbeat, install
@@ -68,8 +69,13 @@ match behaviour:
     case "loses a peer once":
         report(3)
         if not again:
+            connection = folder / "connection"
+            with suppress(FileExistsError):
+                os.mkfifo(connection)
             if rank == 1:
-                os.kill(os.getpid(), signal.SIGKILL)
+                with connection.open("w"):
+                    os.kill(os.getpid(), signal.SIGKILL)
+            connection.read_text()  # until the peer is gone
             sys.exit("connection reset by peer")
         finish()
     case "never progresses":
