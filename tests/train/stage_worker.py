@@ -22,6 +22,13 @@ def report(step: int) -> None:
             file.write(json.dumps({"step": step, "steps": 10, "text": "loss 0.5", "time": time.time()}) + "\n")
 
 
+def await_report(step: int) -> None:
+    """Until rank 0 has reported the step: ranks step together."""
+    progress = folder / "progress.jsonl"
+    while not progress.exists() or f'"step": {step},' not in progress.read_text():
+        time.sleep(0.01)
+
+
 def commit(step: int) -> None:
     checkpoint = folder / "checkpoints" / f"step-{step:08d}.attempt-{os.getpid()}"
     checkpoint.mkdir(parents=True)
@@ -62,6 +69,7 @@ match behaviour:
     case "dies once":
         report(3)
         if not again and rank == int(os.environ.get("WORLD_SIZE", "1")) - 1:
+            await_report(3)
             os.kill(os.getpid(), signal.SIGKILL)
         if not again:
             time.sleep(60)
@@ -129,6 +137,7 @@ match behaviour:
         heartbeat = begin()
         if not again:
             if rank == 1:
+                await_report(3)
                 os.kill(os.getpid(), signal.SIGKILL)
             wait_for_a_peer_that_never_comes()
         finish()
@@ -136,6 +145,7 @@ match behaviour:
         heartbeat = begin()
         if not again:
             if rank == 1:
+                await_report(3)
                 heartbeat.exiting(1)
                 sys.exit("out of memory")
             wait_for_a_peer_that_never_comes()
