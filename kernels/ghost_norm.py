@@ -99,7 +99,7 @@ class OuterProducts:
     _formed_BGDP: Tensor | None = None  # each record's gradient, where that takes about as little room as its factors
 
     def squared_norms(self, *, reuse: Reuse = None) -> Tensor:
-        left, right = (at_least_fp32(x).flatten(0, 1) for x in (self.left_BGND, self.right_BGNP))
+        left, right = self._factors()
         _, _, N, D = self.left_BGND.shape
         P = right.shape[2]
         if N == 1:
@@ -134,6 +134,18 @@ class OuterProducts:
         if left.shape[1] == 1:
             return (left.flatten(0, 2).mT @ right.flatten(0, 2)).view(self.shape)
         return torch.einsum("bgnd,bgnp->gdp", left, right).reshape(self.shape)
+
+    def squared_norms_with(self, bias: TokenSum) -> Tensor:
+        """Squared norms of a layer's weight (this) and bias together, cheaper than apart; neither will be reused."""
+        if self.left_BGND.shape[2] == 1 or self._forming_pays(None) or not self._shares_left_with(bias):
+            return self.squared_norms() + bias.squared_norms()
+        return _squared_norms_by_gram(*self._factors(), ones=True)  # a bias is the weight of a feature that is one
+
+    def _shares_left_with(self, bias: TokenSum) -> bool:
+        return self.left_BGND.shape[1] == 1 and self.left_BGND.data_ptr() == bias.left_BND.data_ptr()
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        return at_least_fp32(self.left_BGND).flatten(0, 1), at_least_fp32(self.right_BGNP).flatten(0, 1)
 
     def _forming_pays(self, reuse: Reuse) -> bool:
         """Whether the records' D x P gradients are cheaper to form than their Gram matrices, in multiply-adds."""
@@ -250,6 +262,15 @@ def together(uses: Sequence[PerRecordGradient]) -> PerRecordGradient:
     return OuterProducts(left, right, products[0].shape)
 
 
+def squared_norms(of_layer: Sequence[PerRecordGradient], *, reuse: Reuse = None) -> Tensor:
+    """Squared norms of each record's gradients of several parameters of one layer together, (B,)."""
+    match of_layer:
+        case [OuterProducts() as weight, TokenSum() as bias] if reuse is None:
+            return weight.squared_norms_with(bias)
+        case _:
+            return torch.stack([gradient.squared_norms(reuse=reuse) for gradient in of_layer]).sum(0)
+
+
 def at_least_fp32(x: Tensor) -> Tensor:
     """`x` itself in fp64, otherwise in fp32: norms and sums over records are never taken in fewer bits."""
     return x if x.dtype == torch.float64 else x.float()
@@ -264,18 +285,21 @@ def _concatenated(factors: Sequence[Tensor]) -> Tensor:
     return torch.cat([at_least_fp32(factor) for factor in factors], dim=2)
 
 
-def _squared_norms_by_gram(left_BND: Tensor, right_BNP: Tensor) -> Tensor:
-    """<left Gram, right Gram> of each record, guarded; both are symmetric, so little more than half is formed."""
-    num_tokens, widths = left_BND.shape[1], (left_BND.shape[2], right_BNP.shape[2])
+def _squared_norms_by_gram(left_BND: Tensor, right_BNP: Tensor, *, ones: bool = False) -> Tensor:
+    """<left Gram, right Gram> of each record, guarded; both are symmetric, so little more than half is formed.
+
+    With `ones`, every token has one right feature more, of value one.
+    """
+    num_tokens, widths = left_BND.shape[1], (left_BND.shape[2], right_BNP.shape[2] + ones)
     bands = max(1, min(_GRAM_BANDS, num_tokens // _LEAST_BAND)) if left_BND.device.type == "cpu" else 1
-    if bands == 1:
-        return _squared_norms_of_grams(torch.bmm(left_BND, left_BND.mT), torch.bmm(right_BNP, right_BNP.mT), widths)
-    totals_2B, spread_B = left_BND.new_zeros(2, len(left_BND)), left_BND.new_zeros(len(left_BND))
     height = -(-num_tokens // bands)
+    totals_2B, spread_B = left_BND.new_zeros(2, len(left_BND)), left_BND.new_zeros(len(left_BND))
     for start in range(0, num_tokens, height):
         left_BNM, right_BNM = (
             torch.bmm(x[:, start:], x[:, start : start + height].mT) for x in (left_BND, right_BNP)
         )  # fmt: skip
+        if ones:
+            right_BNM += 1.0
         square = left_BNM.shape[2]
         spread_B += _spread(left_BNM[:, :square], right_BNM[:, :square], widths)
         products_BNM = left_BNM.mul_(right_BNM)

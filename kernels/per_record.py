@@ -162,16 +162,19 @@ class _Use(torch.autograd.Function):
         y = rule.forward(x, *parameters)
         ctx.rule, ctx.use, ctx.names = rule, use, names
         ctx.x_dtype = x.dtype
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x.to(y.dtype) if x.is_floating_point() else x, *parameters)
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if _active is None:
             raise RuntimeError("backward of a private layer outside its passes: the gradient would be unclipped")
         use, grad_x = ctx.use, None
         gradients = use.kept
         if gradients is None:
+            if grad_y is None:  # the pass is not told of this use, and whoever clips refuses the step
+                return (None,) * (5 + len(ctx.names))
             x, *parameters = ctx.saved_tensors
             if ctx.needs_input_grad[4]:
                 grad_x = ctx.rule.input_gradient(grad_y, x, *parameters)

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
-from kernels.ghost_norm import PerRecordGradient, RecordWeights, Reuse, at_least_fp32, together
+from kernels.ghost_norm import PerRecordGradient, RecordWeights, Reuse, at_least_fp32, squared_norms, together
 from kernels.per_record import Gradients, Pass, PerRecordModule, Site, Use, activate
 
 EngineName = Literal["two_pass", "kept_gradients", "group_wise"]
@@ -159,10 +159,12 @@ class FlatClipper(Clipper):
                 for site in sites.values():
                     site.uses.clear()
                 losses_B = losses(backend.model)
+            root = losses_B.sum()
+            if kept:
+                _cut(root, list(kept.values()))
             weighted = _WeightedPass(weights_B, backend.loss_scale)
             with activate(weighted):
-                root = losses_B.sum()
-                backend.backward(root + _Seed.apply(*kept.values()) if kept else root)  # type: ignore[operator]
+                backend.backward(root)
             _require_reports(sites, weighted.visited)
         return losses_B
 
@@ -262,12 +264,11 @@ class _NormPass(Pass):
     def visit(self, use: Use, gradients: Gradients) -> Mapping[str, Tensor]:
         self.visited.add(use)
         keep = use in self._kept
+        used_once = list[PerRecordGradient]()
         for local, gradient in gradients.items():
-            parameter = self._layers[use.site.name].parameters[local]
-            if parameter in self._several:
-                self._several[parameter].append(gradient)
-            else:
-                self._add(gradient.squared_norms(reuse=self._reuse if keep else None))
+            self._several.get(self._layers[use.site.name].parameters[local], used_once).append(gradient)
+        if used_once:
+            self._add(squared_norms(used_once, reuse=self._reuse if keep else None))
         if keep:
             use.kept = gradients
         return {}
@@ -304,26 +305,28 @@ class _GroupPass(Pass):
     def visit(self, use: Use, gradients: Gradients) -> Mapping[str, Tensor]:
         self.visited.add(use)
         bound = self._bounds[use.site.name]
-        squared_B = (
-            sum(gradient.squared_norms(reuse="at_once") for gradient in gradients.values()) / self._loss_scale**2
-        )
-        assert isinstance(squared_B, Tensor)
+        squared_B = squared_norms(list(gradients.values()), reuse="at_once") / self._loss_scale**2
         self.within.setdefault(use.site.name, []).append((squared_B <= bound**2) & self._counted_B)
         weights = RecordWeights(_clip_weights(squared_B, bound, self._counted_B))
         return {name: gradient.weighted_sum(weights) for name, gradient in gradients.items()}
 
 
-class _Seed(torch.autograd.Function):
-    """A zero that depends on every output: its backward comes by at each layer, though no gradient flows there."""
+def _cut(root: Tensor, kept: Sequence[Tensor]) -> None:
+    """Let the backward of `root` go by all that was computed up to the last of `kept` without any gradient.
 
-    @staticmethod
-    def forward(ctx: Any, *outputs: Tensor) -> Tensor:
-        ctx.of_outputs = [(output.shape, output.dtype) for output in outputs]
-        return outputs[0].new_zeros((), dtype=torch.float32)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        return tuple(grad.new_zeros((), dtype=dtype).expand(shape) for shape, dtype in ctx.of_outputs)
+    Of the uses computed until then all are kept, so that none of them needs one.
+    """
+    last = max(output.grad_fn._sequence_nr() for output in kept if output.grad_fn is not None)
+    to_visit, met = [root.grad_fn], set[Any]()
+    while to_visit:
+        node = to_visit.pop()
+        if node is None or node in met:
+            continue
+        met.add(node)
+        if node._sequence_nr() > last:  # greater is later
+            to_visit += [earlier for earlier, _ in node.next_functions]
+        else:
+            node.register_prehook(lambda gradients: (None,) * len(gradients))
 
 
 def _require_full_precision(device: torch.device) -> None:

@@ -17,6 +17,7 @@ from kernels.ghost_norm import (
     Reuse,
     RowSums,
     TokenSum,
+    squared_norms,
     together,
 )
 
@@ -90,6 +91,20 @@ def test_as_outer_products_they_are_the_same_gradients(kind: str, N: int) -> Non
 def test_several_uses_together_have_their_cross_terms(N: int) -> None:
     (products, first), (rows, second) = outer_products(4, N, 5, 6), row_sums(4, N, 6, 5)
     check(together([products, rows, products]), 2 * first + second, None)
+
+
+@settings(max_examples=40, deadline=None)
+@given(B=st.integers(1, 4), N=st.integers(1, 140), P=st.integers(1, 40), D=st.integers(1, 40), data=st.data())
+def test_a_layers_weight_and_bias_together_have_the_sum_of_their_squared_norms(
+    B: int, N: int, P: int, D: int, data: st.DataObject
+) -> None:
+    (weight, of_weight), reuse = outer_products(B, N, P, D), data.draw(st.sampled_from(REUSES))
+    assert isinstance(weight, OuterProducts)
+    lefts = {"the same": weight.left_BGND[:, 0], "another": draw(B, N, D, seed=2)}
+    left = lefts[data.draw(st.sampled_from(list(lefts)))]
+    expected = of_weight.square().sum((1, 2)) + left.sum(1).square().sum(1)
+    found = squared_norms([weight, TokenSum(left, torch.Size([D]))], reuse=reuse)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-20)
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,17 @@ def test_what_was_kept_is_handed_over_again_and_the_input_gets_no_gradient() -> 
     assert x.grad is None
 
 
+def test_a_use_that_no_gradient_reaches_is_not_visited() -> None:
+    site, collected, weight = a_site(), Collect(torch.ones(RECORDS)), draw(3, 3).requires_grad_()
+    x = draw(4, 3).requires_grad_()
+    y = per_record.linear(x, weight, None, site)
+    y.grad_fn.register_prehook(lambda gradients: (None,) * len(gradients))  # type: ignore[union-attr]
+    with activate(collected):
+        y.sum().backward()
+    assert collected.met == []
+    assert x.grad is None and weight.grad is None
+
+
 def test_a_forward_repeated_by_activation_checkpointing_counts_once() -> None:
     site, collected, weight = a_site(), Collect(), draw(3, 3).requires_grad_()
     x = draw(4, 3).requires_grad_()

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from kernels.per_record import PerRecordModule
 from models.dit import DiT, DiTConfig
 from models.layers import Embedding, Linear
-from privacy.clipping import GroupWiseClipper, check_model, make_clipper
+from privacy.clipping import FlatClipper, GroupWiseClipper, check_model, make_clipper
 from tests.privacy.clipped_sums import (
     ENGINES,
     FLAT,
@@ -194,6 +195,39 @@ def test_a_use_whose_output_the_loss_ignores_refuses_the_step(engine: str) -> No
     with pytest.raises(ValueError, match=r"'layer' was used 4 times in the forward and reported .* 2 times"):
         clipped_sum(engine, model, losses, ALL[:3])
     assert model.layer.site is None
+
+
+class Probe(torch.autograd.Function):
+    """The identity; notes whether each backward has a gradient for it."""
+
+    had_gradient: ClassVar[list[bool]] = []
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> Tensor | None:  # type: ignore[override]
+        Probe.had_gradient.append(grad is not None)
+        return grad
+
+
+def test_the_second_backward_computes_nothing_before_what_was_kept() -> None:
+    """Nor along a residual connection, by which the layers after it have a gradient for the layers before it."""
+    model = nn.ModuleList(Linear(4, 4) for _ in range(3))
+    x = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))
+
+    def losses(model: nn.Module) -> Tensor:
+        first, second, third = model  # type: ignore[misc]
+        y = Probe.apply(first(x))
+        return losses_of(third(y + second(y)), 3)
+
+    expected = clipped_sum("keep_0", model, losses, ALL[:3], 0.1)
+    Probe.had_gradient.clear()
+    got = clipped_sum(FlatClipper(model, 0.1, keep=0.7), model, losses, ALL[:3])
+    assert relative_error(got, expected) < 1e-6
+    assert Probe.had_gradient == [True, False]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
