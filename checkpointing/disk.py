@@ -77,17 +77,19 @@ def rmtree(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def read_into(path: Path, begin: int, out: memoryview) -> int:
+def open_to_read(path: Path) -> int:
+    """A descriptor to read a file with."""
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+
+def read_into(descriptor: int, begin: int, out: memoryview) -> int:
     """Fill `out` from byte `begin` on; returns how many bytes there were, fewer only where the file ends.
 
     By read, not by memory map: a file cut short under a map kills the process.
     """
-    descriptor, filled = os.open(path, os.O_RDONLY | os.O_CLOEXEC), 0
-    try:
-        while filled < len(out) and (got := os.preadv(descriptor, [out[filled:]], begin + filled)):
-            filled += got
-    finally:
-        os.close(descriptor)
+    filled = 0
+    while filled < len(out) and (got := os.preadv(descriptor, [out[filled:]], begin + filled)):
+        filled += got
     return filled
 
 

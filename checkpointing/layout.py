@@ -1,7 +1,7 @@
 """What a shard's bytes mean, without torch: saves, pieces, chunks, and the sealed index that says where each lies.
 
 A shard is one safetensors file: its header, then this rank's pieces one after another. A piece is a flat range of one
-fp32 tensor; it is cut into chunks of at most 64 MiB, and the index keeps the digest of each and of the header, so that
+fp32 tensor; it is cut into chunks of at most 64 MiB. The index keeps a checksum of each and of the header, so that
 no byte of the file is without one and any part can be read and trusted without the rest.
 """
 
@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from blake3 import blake3
+from xxhash import xxh3_128_hexdigest
 
-FORMAT = 2
+FORMAT = 3
 ELEMENT_BYTES = 4
 CHUNK_ELEMENTS = 1 << 24  # 64 MiB: the most that a reader must hold to trust one element
 
@@ -147,8 +148,13 @@ def canonical_json(value: object) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
-def digest_of(data: bytes | bytearray | memoryview) -> str:
-    return f"blake3:{blake3(data).hexdigest()}"
+def digest_of(text: bytes) -> str:
+    return f"blake3:{blake3(text).hexdigest()}"
+
+
+def checksum_of(payload: bytes | bytearray | memoryview) -> str:
+    """Of a shard's bytes: it finds damage, not intent, and at ten times the speed of a disk."""
+    return f"xxh3-128:{xxh3_128_hexdigest(payload)}"
 
 
 def seal(body: Mapping[str, Any]) -> bytes:
@@ -264,7 +270,7 @@ def seal_digests(
             "world_size": world_size,
             "bytes": layout.size_bytes,
             "header_bytes": len(layout.header),
-            "header_digest": digest_of(layout.header),
+            "header_digest": checksum_of(layout.header),
             "chunks": chunks,
             "state": state,
         }
@@ -281,7 +287,7 @@ def seal_index(
 ) -> bytes:
     """The sealed index of a shard that lies in memory: `payload` is its whole file, the header included."""
     require_whole(layout, payload)
-    digests = [digest_of(payload[chunk.begin : chunk.begin + chunk.size_bytes]) for chunk in layout.chunks()]
+    digests = [checksum_of(payload[chunk.begin : chunk.begin + chunk.size_bytes]) for chunk in layout.chunks()]
     return seal_digests(layout, save, rank, world_size, digests, state)
 
 

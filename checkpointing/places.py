@@ -7,27 +7,25 @@ PLACE/step-00000100.attempt-000003-000012/       one save; the name is never use
     MANIFEST.json                                written last: the commit mark
 """
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Protocol, cast
-
-from blake3 import blake3
 
 from checkpointing import disk
 from checkpointing.disk import Buffer
 from checkpointing.failpoints import failpoint
-from checkpointing.layout import CheckpointError, SaveId
+from checkpointing.layout import CheckpointError, SaveId, checksum_of
 
 MANIFEST = "MANIFEST.json"
 POINTER = "latest"
 
 # What a save writes beside its tensors, generously: headers, indexes, manifest and the file system's own blocks.
 _OVERHEAD_BYTES = 1 << 20
-_BLOCK_BYTES = 1 << 23  # 8 MiB: large for a disk or a ranged GET, small enough to lie in cache when it is digested
-_LEAST_BLOCK_BYTES = 1 << 20  # below, handing a block to another thread costs more than digesting it meanwhile saves
+_BLOCK_BYTES = 1 << 23  # 8 MiB: large for a disk or a ranged GET
 
 
 class Unreachable(CheckpointError):
@@ -61,8 +59,8 @@ class Place(ABC):
         """A whole small file."""
 
     @abstractmethod
-    def read_into(self, save: SaveId | None, file: str, begin: int, out: memoryview) -> None:
-        """Fill `out` from byte `begin` on; where the file ends before, CheckpointError names it and the range."""
+    def source(self, save: SaveId | None, file: str) -> Source:
+        """A file to read ranges of."""
 
     @abstractmethod
     def put(self, save: SaveId | None, file: str, data: bytes) -> None:
@@ -149,15 +147,12 @@ class LocalPlace(Place):
         if size is None:
             raise CheckpointError(f"{path} is missing")
         data = bytearray(size)
-        self.read_into(save, file, 0, memoryview(data))
+        with closing(self.source(save, file)) as source:
+            source.read_into(0, memoryview(data))
         return bytes(data)
 
-    def read_into(self, save: SaveId | None, file: str, begin: int, out: memoryview) -> None:
-        path = self.folder(save) / file
-        with _named(f"{path}, bytes {begin:,} to {begin + len(out):,},", "read"):
-            filled = disk.read_into(path, begin, out)
-        if filled < len(out):
-            raise cut_short(str(path), begin, len(out), filled)
+    def source(self, save: SaveId | None, file: str) -> Source:
+        return _LocalFile(self.folder(save) / file)
 
     def put(self, save: SaveId | None, file: str, data: bytes) -> None:
         path = self.folder(save) / file
@@ -269,15 +264,12 @@ class RemotePlace(Place):
         with self._answering(self.path(save, file)):
             return self._store.cat_file(self._key(save, file))
 
-    def read_into(self, save: SaveId | None, file: str, begin: int, out: memoryview) -> None:
-        for start in range(0, len(out), _BLOCK_BYTES):
-            part = out[start : start + _BLOCK_BYTES]
-            first, last = begin + start, begin + start + len(part)
-            with self._answering(f"{self.path(save, file)}, bytes {first:,} to {last:,},"):
-                data = self._store.cat_file(self._key(save, file), start=first, end=last)
-            if len(data) != len(part):
-                raise cut_short(self.path(save, file), begin, len(out), start + len(data))
-            part[:] = data
+    def source(self, save: SaveId | None, file: str) -> Source:
+        return _RemoteObject(self, self._key(save, file), self.path(save, file))
+
+    def cat(self, key: str, path: str, begin: int, end: int) -> bytes:
+        with self._answering(f"{path}, bytes {begin:,} to {end:,},"):
+            return self._store.cat_file(key, start=begin, end=end)
 
     def put(self, save: SaveId | None, file: str, data: bytes) -> None:
         where = {} if save is None else {"step": save.step}
@@ -351,50 +343,68 @@ def open_place(where: Place | Path | str) -> Place:
 
 
 class Source(Protocol):
-    """The bytes of one shard, wherever they lie; its `str` is its name in errors."""
+    """The bytes of one file, wherever they lie; its `str` is its name in errors."""
 
     def read_into(self, begin: int, out: memoryview) -> None:
-        """Fill `out` from byte `begin` on, or raise CheckpointError naming the shard and the range."""
+        """Fill `out` from byte `begin` on, or raise CheckpointError naming the file and the range."""
+        ...
+
+    def close(self) -> None:
+        """Hold nothing open; reading opens it again."""
         ...
 
 
-class ShardFile:
-    """A rank's shard in a place."""
+class _LocalFile:
+    """Open from the first read on: a disk reads ahead for who reads on, and begins anew for who opens anew."""
 
-    def __init__(self, place: Place, save: SaveId, rank: int) -> None:
-        self.place, self.save, self.file = place, save, shard_file(rank)
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor: int | None = None
 
     def read_into(self, begin: int, out: memoryview) -> None:
-        self.place.read_into(self.save, self.file, begin, out)
+        with _named(f"{self.path}, bytes {begin:,} to {begin + len(out):,},", "read"):
+            if self._descriptor is None:
+                self._descriptor = disk.open_to_read(self.path)
+            filled = disk.read_into(self._descriptor, begin, out)
+        if filled < len(out):
+            raise _cut_short(self, begin, len(out), filled)
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            disk.close(self._descriptor)
+            self._descriptor = None
+
+    __del__ = close
 
     def __str__(self) -> str:
-        return self.place.path(self.save, self.file)
+        return str(self.path)
+
+
+class _RemoteObject:
+    def __init__(self, place: RemotePlace, key: str, path: str) -> None:
+        self.place, self.key, self.path = place, key, path
+
+    def read_into(self, begin: int, out: memoryview) -> None:
+        for start in range(0, len(out), _BLOCK_BYTES):
+            part = out[start : start + _BLOCK_BYTES]
+            data = self.place.cat(self.key, self.path, begin + start, begin + start + len(part))
+            if len(data) != len(part):
+                raise _cut_short(self, begin, len(out), start + len(data))
+            part[:] = data
+
+    def close(self) -> None: ...
+
+    def __str__(self) -> str:
+        return self.path
 
 
 def read_verified(source: Source, begin: int, out: memoryview, digest: str) -> None:
     """Fill `out` from byte `begin` on, and raise CheckpointError unless the bytes have this digest."""
-    hasher = blake3()
-    if len(out) <= _LEAST_BLOCK_BYTES:
-        source.read_into(begin, out)
-        hasher.update(out)
-    else:
-        with ThreadPoolExecutor(1) as pool:  # one block is digested while the next is read
-            digesting = [pool.submit(hasher.update, part) for part in _read_blocks(source, begin, out)]
-        for done in digesting:
-            done.result()
-    found = f"blake3:{hasher.hexdigest()}"
-    if found != digest:
+    source.read_into(begin, out)
+    if (found := checksum_of(out)) != digest:
         raise CheckpointError(
             f"{source}, bytes {begin:,} to {begin + len(out):,}, is damaged: digest {found}, and {digest} was saved"
         )
-
-
-def _read_blocks(source: Source, begin: int, out: memoryview) -> Iterator[memoryview]:
-    size = min(_BLOCK_BYTES, max(_LEAST_BLOCK_BYTES, len(out) // 4))  # little is left to digest once the last is read
-    for start in range(0, len(out), size):
-        part = out[start : start + size]
-        source.read_into(begin + start, part)
-        yield part
 
 
 def shard_file(rank: int) -> str:
@@ -405,8 +415,8 @@ def index_file(rank: int) -> str:
     return f"rank-{rank:05d}.json"
 
 
-def cut_short(path: str, begin: int, length: int, found: int) -> CheckpointError:
-    return CheckpointError(f"{path}, bytes {begin:,} to {begin + length:,}: the file ends after {found:,} of them")
+def _cut_short(source: Source, begin: int, length: int, found: int) -> CheckpointError:
+    return CheckpointError(f"{source}, bytes {begin:,} to {begin + length:,}: the file ends after {found:,} of them")
 
 
 def _failpoint_of(file: str) -> str:

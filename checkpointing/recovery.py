@@ -21,7 +21,7 @@ from checkpointing import store
 from checkpointing.layout import CheckpointError, Index, Piece, SaveId
 from checkpointing.memory import Memory
 from checkpointing.peers import PeerLink
-from checkpointing.places import LocalPlace, Place, ShardFile, Unreachable, open_place, read_verified
+from checkpointing.places import LocalPlace, Place, Unreachable, open_place, shard_file
 from checkpointing.sharded import Checkpoint
 from checkpointing.tiers import Tiers
 
@@ -118,7 +118,7 @@ class _Recovery:
             if self.mates[number % len(self.mates)] != self.rank:
                 continue  # another rank of this node looks at it
             assert self.memory is not None
-            reason = _reason_broken(ShardFile(LocalPlace(self.memory.folder), save, shard), [index])
+            reason = _reason_broken(LocalPlace(self.memory.folder), save, index)
             if reason is None:
                 good[shard] = _packed(sealed)
             else:
@@ -148,7 +148,9 @@ class _Recovery:
             return None
         assert self.memory is not None
         place = LocalPlace(self.memory.folder)
-        return Checkpoint.of_shards(indexes, lambda shard: ShardFile(place, save, shard), "peer" if plan else "memory")
+        return Checkpoint.of_shards(
+            indexes, lambda shard: place.source(save, shard_file(shard)), "peer" if plan else "memory"
+        )
 
     def _plan(self, checkpoint: Checkpoint, holders: dict[int, list[int]]) -> list[_Copy]:
         """Which shards go where, the same list on all ranks."""
@@ -188,8 +190,7 @@ class _Recovery:
                 slot.begin(save)
                 self.peer.receive(memoryview(slot.map), copy.sender)
                 slot.close()
-                shard = ShardFile(LocalPlace(self.memory.folder), save, copy.shard)
-                reason = _reason_broken(shard, [index])
+                reason = _reason_broken(LocalPlace(self.memory.folder), save, index)
                 failure = failure or reason
                 if reason is None:
                     self.memory.seal(save, copy.shard, sealed)
@@ -233,8 +234,7 @@ class _Recovery:
             checkpoint = Checkpoint.open(place, save)
             indexes = store.read_indexes(store.read_manifest(place, save))
             for index in indexes[self.rank :: self.world_size]:
-                shard = ShardFile(place, save, index.rank)
-                reason = reason or _reason_broken(shard, [index])
+                reason = reason or _reason_broken(place, save, index)
         except CheckpointError as error:
             reason = str(error)
         reasons = [reason for reason in self.gather(reason) if reason]
@@ -261,18 +261,10 @@ class _Recovery:
         return local
 
 
-def _reason_broken(shard: ShardFile, indexes: Sequence[Index]) -> str | None:
+def _reason_broken(place: Place, save: SaveId, index: Index) -> str | None:
     """Why a shard does not have the bytes that its index tells of; None where it does."""
     try:
-        for index in indexes:
-            size = shard.place.size(shard.save, shard.file)
-            if size is not None and size != index.size_bytes:
-                return f"{shard} has {size:,} bytes, and {index.size_bytes:,} were saved"
-            buffer = bytearray(max([index.header_bytes, *(chunk.size_bytes for chunk in index.chunks)]))
-            ranges = [(0, index.header_bytes, index.header_digest)]
-            ranges += [(chunk.begin, chunk.size_bytes, chunk.digest) for chunk in index.chunks]
-            for begin, length, digest in ranges:
-                read_verified(shard, begin, memoryview(buffer)[:length], digest)
+        store.verify_shard(place, save, index)
     except CheckpointError as error:
         return str(error)
     return None

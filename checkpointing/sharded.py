@@ -34,9 +34,9 @@ from checkpointing.layout import (
     Shape,
     ShardLayout,
     StoredTensor,
+    checksum_of,
     cover,
     cut,
-    digest_of,
     require_plain,
     require_whole,
     seal_digests,
@@ -45,7 +45,6 @@ from checkpointing.layout import (
 from checkpointing.places import (
     LocalPlace,
     Place,
-    ShardFile,
     Source,
     index_file,
     open_place,
@@ -146,7 +145,7 @@ def _write(
     def digested(pool: ThreadPoolExecutor) -> Iterator[bytes | memoryview]:
         yield layout.header
         for block in blocks:
-            digest: Future[str] | None = None if index else pool.submit(digest_of, block)
+            digest: Future[str] | None = None if index else pool.submit(checksum_of, block)
             yield block  # the place writes it meanwhile
             if digest is not None:
                 digests.append(digest.result())
@@ -254,7 +253,7 @@ class Checkpoint:
         return cls(
             store.read_indexes(manifest),
             manifest.state,
-            lambda rank: ShardFile(place, found, rank),
+            lambda rank: place.source(found, shard_file(rank)),
             tier,
             place.path(save),
         )
@@ -343,6 +342,11 @@ class Checkpoint:
                 read_verified(self._source_of(rank), chunk.begin, part, chunk.digest)
             else:
                 part[:] = self._verified(rank, chunk)[ELEMENT_BYTES * begin : ELEMENT_BYTES * end]
+
+    def close(self) -> None:
+        """Keep none of the save's files open; reading on opens them again."""
+        for source in self._sources.values():
+            source.close()
 
     def _tensor(self, kind: Kind, name: str) -> StoredTensor:
         tensor = self._tensors.get((kind, name))

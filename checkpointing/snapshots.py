@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from checkpointing.failpoints import failpoint
-from checkpointing.layout import CheckpointError, Index, SaveId, ShardLayout, digest_of
+from checkpointing.layout import CheckpointError, Index, SaveId, ShardLayout, checksum_of
 from checkpointing.memory import Memory, Slot
 from checkpointing.peers import PeerLink
 from checkpointing.places import index_file
@@ -170,7 +170,7 @@ class Buffers:
             return False
         index, _ = shard
         theirs = index.world_size, index.size_bytes, index.header_digest
-        return theirs == (self.world_size, self.layout.size_bytes, digest_of(self.layout.header))
+        return theirs == (self.world_size, self.layout.size_bytes, checksum_of(self.layout.header))
 
     def _lay_out(self, slot: Slot) -> list[Tensor]:
         """Each piece's place in the slot. The header is the same for every save, so it is written once."""

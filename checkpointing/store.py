@@ -17,7 +17,7 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,6 @@ from checkpointing.places import (
     LocalPlace,
     Place,
     RemotePlace,
-    ShardFile,
     Unreachable,
     index_file,
     open_place,
@@ -366,20 +365,25 @@ def verify(place: Place, save: SaveId, progress: Callable[[int], object] = lambd
     manifest = read_manifest(place, save)
     indexes = read_indexes(manifest)
     cover(indexes)
-    buffer = bytearray()
     for index in indexes:
-        shard = ShardFile(place, save, index.rank)
-        size = place.size(save, shard.file)
+        verify_shard(place, save, index, progress)
+    return manifest
+
+
+def verify_shard(
+    place: Place, save: SaveId, index: Index, progress: Callable[[int], object] = lambda size_bytes: None
+) -> None:
+    """Raise CheckpointError, naming its first bytes that are not as saved, unless the shard is what its index says."""
+    size = place.size(save, shard_file(index.rank))
+    with closing(place.source(save, shard_file(index.rank))) as shard:
         if size is not None and size != index.size_bytes:
             raise CheckpointError(f"{shard} has {size:,} bytes, and {index.size_bytes:,} were saved")
         ranges = [(0, index.header_bytes, index.header_digest)]
         ranges += [(chunk.begin, chunk.size_bytes, chunk.digest) for chunk in index.chunks]
+        buffer = bytearray(max(length for _, length, _ in ranges))
         for begin, length, digest in ranges:
-            if length > len(buffer):
-                buffer = bytearray(length)
             read_verified(shard, begin, memoryview(buffer)[:length], digest)
             progress(length)
-    return manifest
 
 
 def reason_broken(place: Place, save: SaveId) -> str | None:

@@ -30,7 +30,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,6 @@ from checkpointing.memory import Memory
 from checkpointing.places import (
     LocalPlace,
     Place,
-    ShardFile,
     Unreachable,
     index_file,
     open_place,
@@ -284,20 +283,20 @@ class _Uploads:
         assert self.remote is not None
         if self.remote.has(save, index_file(index.rank)):
             return
-        shard = ShardFile(self.disk, save, index.rank)
+        with closing(self.disk.source(save, shard_file(index.rank))) as shard:
 
-        def blocks() -> Iterator[memoryview]:
-            buffer = bytearray(index.header_bytes)
-            read_verified(shard, 0, memoryview(buffer), index.header_digest)
-            yield memoryview(buffer)
-            buffer = bytearray(max((chunk.size_bytes for chunk in index.chunks), default=0))
-            for chunk in index.chunks:
-                block = memoryview(buffer)[: chunk.size_bytes]
-                read_verified(shard, chunk.begin, block, chunk.digest)
-                yield block
+            def blocks() -> Iterator[memoryview]:
+                buffer = bytearray(index.header_bytes)
+                read_verified(shard, 0, memoryview(buffer), index.header_digest)
+                yield memoryview(buffer)
+                buffer = bytearray(max((chunk.size_bytes for chunk in index.chunks), default=0))
+                for chunk in index.chunks:
+                    block = memoryview(buffer)[: chunk.size_bytes]
+                    read_verified(shard, chunk.begin, block, chunk.digest)
+                    yield block
 
-        self.remote.open(save, index.size_bytes)
-        self.remote.write(save, shard.file, blocks())
+            self.remote.open(save, index.size_bytes)
+            self.remote.write(save, shard_file(index.rank), blocks())
         self.remote.put(save, index_file(index.rank), self.disk.read(save, index_file(index.rank)))
 
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -29,6 +29,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
 from kernels.ghost_norm import PerRecordGradient, RecordWeights, Reuse, at_least_fp32, squared_norms, together
@@ -161,7 +162,7 @@ class FlatClipper(Clipper):
                 losses_B = losses(backend.model)
             root = losses_B.sum()
             if kept:
-                _cut(root, list(kept.values()))
+                _cut(root, kept.values())
             weighted = _WeightedPass(weights_B, backend.loss_scale)
             with activate(weighted):
                 backend.backward(root)
@@ -311,22 +312,32 @@ class _GroupPass(Pass):
         return {name: gradient.weighted_sum(weights) for name, gradient in gradients.items()}
 
 
-def _cut(root: Tensor, kept: Sequence[Tensor]) -> None:
+def _cut(root: Tensor, kept: Iterable[Tensor]) -> None:
     """Let the backward of `root` go by all that was computed up to the last of `kept` without any gradient.
 
     Of the uses computed until then all are kept, so that none of them needs one.
     """
-    last = max(output.grad_fn._sequence_nr() for output in kept if output.grad_fn is not None)
-    to_visit, met = [root.grad_fn], set[Any]()
+    last = max(_number(output.grad_fn) for output in kept)
+    to_visit, met = [root.grad_fn], set[Node | None]()
     while to_visit:
         node = to_visit.pop()
         if node is None or node in met:
             continue
         met.add(node)
-        if node._sequence_nr() > last:  # greater is later
+        if _number(node) > last:
             to_visit += [earlier for earlier, _ in node.next_functions]
         else:
-            node.register_prehook(lambda gradients: (None,) * len(gradients))
+            node.register_prehook(_no_gradients)
+
+
+def _number(node: Node | None) -> int:
+    """Autograd's count of operations up to this one."""
+    assert node is not None
+    return node._sequence_nr()  # pyright: ignore[reportPrivateUsage]
+
+
+def _no_gradients(gradients: tuple[Tensor | None, ...]) -> Any:
+    return (None,) * len(gradients)
 
 
 def _require_full_precision(device: torch.device) -> None:

@@ -34,6 +34,7 @@ from train.measurements import Row
 ROUNDS = {100 * 10**6: 12, 10**9: 5, 4 * 10**9: 3}  # by bytes of state: what a small one costs is harder to see
 _TENSORS = 16  # that the state is made of
 _BLOCK_BYTES = 1 << 23
+_STATE_BYTES_AN_ELEMENT = 16  # weight, two moments and average, in fp32
 _BASELINE_S = 2.0
 _WINDOW_S_A_GB = 2.0  # after a save: what it leaves to the kernel to write still costs the loop
 
@@ -72,16 +73,20 @@ class _Cost:
 
 
 class _Loop:
-    """Steps of the digits recipe's model, on all cores."""
+    """Steps of the digits recipe's model, on all cores, each with as many microbatches as make it as long as the step
+    of a model would be whose state is what is saved: the weights may not change while they are copied.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, state_bytes: int) -> None:
         config = DiTConfig(size="nano", image_size=8, channels=1, patch_size=2, num_classes=10)
         self.backend = one_process(config)
         self.losses = fixed_losses(config, 64, self.backend.world.device)
+        self.microbatches = max(1, round(state_bytes / (_STATE_BYTES_AN_ELEMENT * self.backend.num_elements)))
 
     def step(self, settle: Callable[[], object] = lambda: None) -> float:
         """Runs one step; returns how long `settle` took within it."""
-        self.backend.backward(self.losses(self.backend.model).mean())
+        for _ in range(self.microbatches):
+            self.backend.backward(self.losses(self.backend.model).mean())
         stall = seconds(settle)
         self.backend.update(1e-3)
         return stall
@@ -112,7 +117,7 @@ class _Loop:
 
 def _beside_the_loop(folder: Path, size_bytes: int, rounds: int) -> list[Row]:
     state = _state(size_bytes)
-    loop = _Loop()
+    loop = _Loop(size_bytes)
     window_s = 2 + _WINDOW_S_A_GB * size_bytes / 1e9
     with ExitStack() as stack:
         savers = {

@@ -19,7 +19,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -208,9 +208,9 @@ def write_json(path: Path, value: Any) -> None:
     sync_folder(path.parent)
 
 
-def digest_file(path: Path) -> str:
-    """The string "blake3:" and the hex digest of a file, as a manifest's `outputs` names it."""
-    return "blake3:" + blake3(max_threads=1).update_mmap(path).hexdigest()
+def digests(files: Iterable[Path]) -> dict[Path, str]:
+    """The string "blake3:" and the hex digest of each file, as a manifest's `outputs` names it."""
+    return {file: "blake3:" + blake3(max_threads=1).update_mmap(file).hexdigest() for file in files}
 
 
 def now() -> str:

@@ -45,16 +45,18 @@ from train.measurements import Row
 from train.metrics import format_mfu
 from train.parallel import World, join_world
 from train.progress import Progress
-from train.run_folder import RunFolder, digest_file, now
+from train.run_folder import RunFolder, digests, now
 from train.sources import ingest
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a stage tells its manifest: figures (with a `headline` for people), files made, public seeds, the ledger."""
+    """What a stage tells its manifest: figures (with a `headline` for people), the digests of files made, public seeds,
+    the ledger.
+    """
 
     metrics: dict[str, Any]
-    outputs: tuple[Path, ...] = ()
+    outputs: Mapping[Path, str] = field(default_factory=dict[Path, str])
     seeds: dict[str, int] = field(default_factory=dict)
     ledger: dict[str, Any] | None = None
 
@@ -87,7 +89,7 @@ def run_stage(stage: StageConfig, run: RunFolder, fencing_epoch: int | None, hea
                 started=started,
                 seconds=time.monotonic() - clock,
                 metrics=result.metrics,
-                outputs={str(path.relative_to(run.path)): digest_file(path) for path in result.outputs},
+                outputs={str(path.relative_to(run.path)): digest for path, digest in result.outputs.items()},
                 seeds=result.seeds,
                 ledger=result.ledger,
             )
@@ -109,6 +111,11 @@ def _train(stage: TrainStage, run: RunFolder, world: World, fencing_epoch: int |
         epoch = run.next_fencing_epoch(run.ledger_path(stage)) if world.rank == 0 else None
         fencing_epoch = int(world.broadcast(epoch))
     trained = train(stage, run, world, fencing_epoch, heartbeat)
+    # Saves carry checksums of their own; these also tell weights that someone changed from the ones that were trained.
+    saved = sorted(trained.checkpoint.iterdir())
+    outputs = {
+        path: digest for part in world.gather(digests(saved[world.rank :: world.size])) for path, digest in part.items()
+    }
     if world.rank != 0:
         return Result({})
     metrics = trained.metrics
@@ -119,7 +126,7 @@ def _train(stage: TrainStage, run: RunFolder, world: World, fencing_epoch: int |
         headline["noise multiplier"] = f"{metrics['noise_multiplier']:.3f}"
     headline["throughput"] = f"{metrics['images_per_s']:,.0f} images/s, MFU {format_mfu(metrics['mfu'])}"
     headline["curves"] = str(run.path / stage.name / "curves.png")
-    outputs = (trained.checkpoint / "MANIFEST.json", run.path / stage.name / "curves.png")
+    outputs |= digests([run.path / stage.name / "curves.png"])
     return Result(metrics | {"headline": headline}, outputs, {"train": stage.train.seed}, trained.ledger)
 
 
@@ -127,7 +134,7 @@ def _ingest(stage: IngestStage, run: RunFolder, progress: Progress) -> Result:
     folder = run.stage_folder(stage.name)
     metrics = ingest(stage, folder, progress)
     headline = _records(metrics) | {"quarantined": _tally(metrics["quarantined"])}
-    return Result(metrics | {"headline": headline}, (folder / "quarantine.jsonl",), {"ingest": stage.seed})
+    return Result(metrics | {"headline": headline}, digests([folder / "quarantine.jsonl"]), {"ingest": stage.seed})
 
 
 def _filter(stage: FilterStage, run: RunFolder, progress: Progress) -> Result:
@@ -140,7 +147,7 @@ def _filter(stage: FilterStage, run: RunFolder, progress: Progress) -> Result:
         "stripped from images": _tally(metrics["metadata"]),
         "dropped or quarantined": _tally(metrics["reasons"]),
     }
-    return Result(metrics | {"headline": headline}, (folder / "quarantine.jsonl",))
+    return Result(metrics | {"headline": headline}, digests([folder / "quarantine.jsonl"]))
 
 
 def _records(metrics: Mapping[str, Any]) -> dict[str, str]:
@@ -199,7 +206,7 @@ def _eval(stage: EvalStage, run: RunFolder, progress: Progress) -> Result:
         metrics[source] = {key: value for key, value in figures.items() if key != "class_fidelity"}
         metrics["headline"] |= _quality(source, figures, grid)
         outputs.append(grid)
-    return Result(metrics, tuple(outputs), {"eval": stage.seed})
+    return Result(metrics, digests(outputs), {"eval": stage.seed})
 
 
 def objective_of(run: RunFolder, stage_name: str) -> Objective:
@@ -269,7 +276,7 @@ def _audit(stage: AuditStage, run: RunFolder, progress: Progress) -> Result:
     outputs = write_report(report, folder)
     _refuse_false_claims(report)
     headline = {"verdict": report.verdict, "report": str(outputs[-1]), **headline}
-    return Result({"claims": len(report.claims), "headline": headline, "rows": rows, **attacks}, outputs)
+    return Result({"claims": len(report.claims), "headline": headline, "rows": rows, **attacks}, digests(outputs))
 
 
 def _audited(stage: AuditStage, run: RunFolder) -> FinetuneStage:
@@ -363,7 +370,7 @@ def _export(stage: ExportStage, run: RunFolder, progress: Progress) -> Result:
         outputs.append(twin / DIFFUSERS_WEIGHTS_FILE)
     progress(1, 1)
     parameters = sum(tensor.numel() for tensor in weights.values())
-    return Result({"parameters": parameters, "headline": headline}, tuple(outputs))
+    return Result({"parameters": parameters, "headline": headline}, digests(outputs))
 
 
 STAGES: dict[type[StageConfig], Callable[[Any, RunFolder, Progress], Result]] = {

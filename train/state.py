@@ -72,6 +72,7 @@ def load_weights(checkpoint: Checkpoint, backend: Backend, kind: Kind = "ema") -
     _require_model(checkpoint, backend)
     for shard in backend.shards:
         checkpoint.read_into(kind, shard.name, shard.offset, shard.value)
+    checkpoint.close()
     backend.publish()
 
 
@@ -84,6 +85,7 @@ def restore(checkpoint: Checkpoint, backend: Backend, average: ExponentialMoving
     _require_model(checkpoint, backend)
     for kind, shard, state in _held(backend, average):
         checkpoint.read_into(kind, shard.name, shard.offset, state)
+    checkpoint.close()
     backend.restore_optimizer(checkpoint.state["num_updates"])
     backend.publish()
 

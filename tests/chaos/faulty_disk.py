@@ -251,9 +251,9 @@ class _Shim:
         with self._told(Operation("rmdir", self._name(folder)), unless=lambda: not folder.exists()):
             self.real["rmtree"](folder)
 
-    def read_into(self, path: Path, begin: int, out: memoryview) -> int:
-        fault = self._meet("read_into", path)
-        filled = self.real["read_into"](path, begin, out)
+    def read_into(self, descriptor: int, begin: int, out: memoryview) -> int:
+        fault = self._meet("read_into", _path_of(descriptor))
+        filled = self.real["read_into"](descriptor, begin, out)
         if fault is not None and filled:
             out[:filled] = fault.spoil(bytes(out[:filled]))
         return filled

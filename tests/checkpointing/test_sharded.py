@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from checkpointing import layout, store
-from checkpointing.layout import Index, Piece, SaveId, ShardLayout, seal_index
-from checkpointing.places import LocalPlace, ShardFile, open_place
+from checkpointing.layout import FORMAT, Index, Piece, SaveId, ShardLayout, seal_index
+from checkpointing.places import LocalPlace, open_place, shard_file
 from checkpointing.sharded import Checkpoint, Chunk, latest, reshard, save_now, write_shard
 from checkpointing.store import CheckpointError
 from tests.checkpointing.simulated_ranks import (
@@ -194,7 +194,7 @@ def test_a_save_in_memory_is_read_without_a_manifest_and_without_the_shards_that
         place.open(FIRST, 0)
         write_shard(place, FIRST, rank, 2, laid_out, memoryview(payload), index)
         indexes.append(Index.parse(index, "memory"))
-    sources = {rank: ShardFile(place, FIRST, rank) for rank in range(2)}
+    sources = {rank: place.source(FIRST, shard_file(rank)) for rank in range(2)}
     checkpoint = Checkpoint.of_shards(indexes[::-1], sources)
     assert (checkpoint.state, checkpoint.where) == (STATE, "memory")
     assert_holds(checkpoint, tensors)
@@ -496,8 +496,8 @@ def test_an_index_that_lies_under_a_right_digest_is_refused(tmp_path: Path) -> N
     for lie in lies:
         with pytest.raises(CheckpointError, match="x is no index of a shard"):
             Index.parse(layout.seal({**body, **lie}), "x")
-    with pytest.raises(CheckpointError, match="x has format 3, and this code reads format 2"):
-        Index.parse(layout.seal({**body, "format": 3}), "x")
+    with pytest.raises(CheckpointError, match=f"x has format {FORMAT + 1}, and this code reads format {FORMAT}"):
+        Index.parse(layout.seal({**body, "format": FORMAT + 1}), "x")
 
 
 def test_where_none_of_the_checkpoints_is_whole_a_person_must_decide(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import torch
 
 from checkpointing import __main__ as command
 from checkpointing import disk, layout, store
-from checkpointing.layout import SaveId
+from checkpointing.layout import FORMAT, SaveId
 from checkpointing.places import MANIFEST, LocalPlace, Place, RemotePlace, Unreachable, open_place
 from checkpointing.sharded import Checkpoint, Chunk, latest, save_now
 from checkpointing.store import CheckpointError
@@ -358,15 +358,17 @@ def test_a_renamed_folder_is_skipped(tmp_path: Path) -> None:
 def test_a_newer_format_is_refused_by_name(place: Place) -> None:
     save = SaveId(1, 1, 3)
     place.open(save, 0)
-    place.put(save, MANIFEST, layout.seal({"format": 3, "anything": "else"}))
-    with pytest.raises(CheckpointError, match=rf"{MANIFEST} has format 3, and this code reads format 2"):
+    place.put(save, MANIFEST, layout.seal({"format": FORMAT + 1, "anything": "else"}))
+    with pytest.raises(
+        CheckpointError, match=rf"{MANIFEST} has format {FORMAT + 1}, and this code reads format {FORMAT}"
+    ):
         store.newest_whole(place)
 
 
 def test_folders_of_format_1_are_refused_by_name_rather_than_begun_anew_over(tmp_path: Path) -> None:
     old = "step-00000040.attempt-000002-3fa9c1d2"
     (tmp_path / old).mkdir()
-    with pytest.raises(CheckpointError, match=f"{old} has format 1, and this code reads format 2"):
+    with pytest.raises(CheckpointError, match=f"{old} has format 1, and this code reads format {FORMAT}"):
         latest(tmp_path)
     save_step(tmp_path, 50)
     assert load(tmp_path).step == 50

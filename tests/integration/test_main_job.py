@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from blake3 import blake3
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -49,6 +50,14 @@ def test_every_stage_leaves_a_manifest_and_the_summary_has_the_figures(finished:
     assert 0 <= rows["eval.pretrain.class_fidelity"] <= 1
     grid = Image.open(finished / "eval" / "finetune_dp.png")
     assert min(grid.size) > 400
+
+
+def test_the_manifest_names_every_file_of_the_last_save(finished: Path) -> None:
+    outputs = json.loads((finished / "finetune_dp" / "manifest.json").read_text())["outputs"]
+    (save,) = {(finished / path).parent for path in outputs if path.endswith("MANIFEST.json")}
+    assert {str(path.relative_to(finished)) for path in save.iterdir()} < set(outputs)
+    for path, digest in outputs.items():
+        assert digest == "blake3:" + blake3((finished / path).read_bytes()).hexdigest()
 
 
 def test_an_auditor_repeats_the_figure_without_torch(finished: Path) -> None:

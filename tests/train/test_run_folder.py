@@ -10,7 +10,7 @@ import pytest
 
 from train import ROOT
 from train.recipe import load_stage
-from train.run_folder import RunFolder, RunFolderError, code_version, digest_file, now, write_json
+from train.run_folder import RunFolder, RunFolderError, code_version, digests, now, write_json
 
 PRETRAIN = ROOT / "configs" / "digits" / "30_pretrain.yaml"
 FILTER = ROOT / "configs" / "digits" / "20_filter.yaml"
@@ -179,7 +179,7 @@ def test_a_digest_names_its_algorithm(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"abc")
     # the BLAKE3 test vector for "abc"
-    assert digest_file(path) == "blake3:6437b3ac38465133ffb63b75273a8db548c558465d79db03fd359c6cd5bd9d85"
+    assert digests([path]) == {path: "blake3:6437b3ac38465133ffb63b75273a8db548c558465d79db03fd359c6cd5bd9d85"}
 
 
 def test_the_code_version_names_a_commit_or_a_release() -> None:
