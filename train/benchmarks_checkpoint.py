@@ -28,7 +28,7 @@ from checkpointing.places import LocalPlace
 from checkpointing.sharded import Checkpoint, Chunk, save_now
 from checkpointing.tiers import Checkpointer, Tiers, memory_folder
 from models.dit import DiTConfig
-from train.benchmarks import fixed_losses, interleaved, one_process, ratio, seconds
+from train.benchmarks import fixed_losses, one_process, ratio, seconds
 from train.measurements import Row
 
 ROUNDS = {100 * 10**6: 12, 10**9: 5, 4 * 10**9: 3}  # by bytes of state: what a small one costs is harder to see
@@ -242,16 +242,17 @@ def _against_the_disk(folder: Path, size_bytes: int, rounds: int) -> list[Row]:
                 pass
 
     times: dict[str, list[float]] = {"save": [], "write": [], "load": [], "read": []}
+    writing, reading = {"save": save, "write": write}, {"load": load, "read": read}
     for number in range(rounds + 1):
-        for former in saved[:-1]:
-            place.remove(former)
-        del saved[:-1]
-        turns = [interleaved({"save": save, "write": write}, 1) if number % 2 == 0
-                 else interleaved({"write": write, "save": save}, 1)]  # fmt: skip
-        _forget(folder)
-        turns.append(interleaved({"load": load, "read": read} if number % 2 == 0 else {"read": read, "load": load}, 1))
-        for turn in turns:
-            for name, (value,) in turn.items():
+        for works in (writing, reading):
+            for name, work in list(works.items())[:: 1 if number % 2 else -1]:
+                if name == "save" and saved:
+                    place.remove(saved[-1])
+                elif name == "write":
+                    raw.unlink(missing_ok=True)
+                _forget(folder)  # syncs, too: to give back the room of a large file keeps a disk busy for a while
+                log.info("round %d of %d: %s", number, rounds, name)
+                value = seconds(work)
                 if number:  # the first round warms up
                     times[name].append(value)
     label = _label(size_bytes)
