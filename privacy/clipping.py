@@ -170,8 +170,9 @@ class FlatClipper(Clipper):
         return losses_B
 
     def _first_outputs(self, sites: Mapping[str, Site]) -> dict[Use, Tensor]:
-        """The uses, with their outputs, that come first and make up at most the share `keep`."""
+        """The uses, with their outputs, that come first in the forward and make up at most the share `keep`."""
         all_outputs = [pair for site in sites.values() for pair in site.uses]
+        all_outputs.sort(key=lambda pair: _number(pair[1].grad_fn))
         room = self.keep * sum(output.nbytes for _, output in all_outputs)
         filled = accumulate(output.nbytes for _, output in all_outputs)
         return {use: output for (use, output), size in zip(all_outputs, filled, strict=True) if size <= room}

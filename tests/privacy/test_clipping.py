@@ -230,6 +230,21 @@ def test_the_second_backward_computes_nothing_before_what_was_kept() -> None:
     assert Probe.had_gradient == [True, False]
 
 
+@pytest.mark.parametrize("keep", [0.0, 0.3, 0.5, 0.8, 1.0])
+def test_layers_need_not_run_in_the_order_in_which_the_model_names_them(keep: float) -> None:
+    model = nn.ModuleDict({name: Linear(4, 4) for name in ("last", "shared", "first")}).double()
+    x = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def losses(model: nn.Module) -> Tensor:
+        last, shared, first = model.values()  # type: ignore[operator]
+        y = shared(first(shared(x).tanh()).tanh()).tanh() + x
+        return losses_of(last(y), 3)
+
+    expected = clipped_sum("keep_0", model, losses, ALL[:3], 0.1)
+    got = clipped_sum(FlatClipper(model, 0.1, keep=keep), model, losses, ALL[:3])
+    assert relative_error(got, expected) < 1e-10
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_layer_that_never_runs_refuses_the_step(engine: str) -> None:
     model = nn.ModuleDict({"used": Linear(4, 4), "idle": Linear(4, 4)})
