@@ -147,7 +147,9 @@ def kill(folder: Path, failpoint: str, nproc: int, charge_ahead: int) -> None:
     marker = folder / "killed"
     codes = run_ranks(folder, nproc, charge_ahead, 1, SFUMATO_FAILPOINT=failpoint, SFUMATO_FAILPOINT_ONCE=str(marker))
     assert marker.exists(), f"{failpoint} was never reached, so nothing was tested\n{logs(folder)}"
-    assert any(codes), "it went on as if nothing had happened"  # killed, or ended by its writer's death
+    # A writer that dies when all is written but rank 0's commit may well not be missed: a new one takes its place.
+    not_missed = failpoint.startswith("index.renamed") and "rank=0" not in failpoint
+    assert any(codes) or not_missed, "it went on as if nothing had happened"  # killed, or ended by its writer's death
 
 
 def lose_what_was_not_synced(folder: Path) -> int:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels import ghost_norm
-from kernels.ghost_norm import OuterProducts
+from kernels.ghost_norm import OuterProducts, TokenSum
 from models.layers import Linear
 from tests.privacy.clipped_sums import (
     ENGINES,
@@ -70,7 +70,7 @@ def test_a_backend_that_scales_the_loss_or_needs_two_forwards_gets_the_same_sum(
 
 def test_these_cases_take_every_path_to_a_norm(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = set[str]()
-    squared_norms = OuterProducts.squared_norms
+    squared_norms, squared_norms_with = OuterProducts.squared_norms, OuterProducts.squared_norms_with
 
     def observed(self: OuterProducts, *, reuse: ghost_norm.Reuse = None) -> Tensor:
         num_tokens, gram = self.left_BGND.shape[2], len(grams)
@@ -81,16 +81,24 @@ def test_these_cases_take_every_path_to_a_norm(monkeypatch: pytest.MonkeyPatch) 
             taken.add("direct" if num_tokens == 1 else f"formed_{reuse}")
         return found
 
+    def observed_with(self: OuterProducts, bias: TokenSum) -> Tensor:
+        gram = len(grams)
+        found = squared_norms_with(self, bias)
+        if len(grams) > gram:
+            taken.add("gram_with_bias")
+        return found
+
     grams: list[None] = []
     by_gram = ghost_norm._squared_norms_by_gram
     monkeypatch.setattr(OuterProducts, "squared_norms", observed)
-    monkeypatch.setattr(ghost_norm, "_squared_norms_by_gram", lambda *x: grams.append(None) or by_gram(*x))
+    monkeypatch.setattr(OuterProducts, "squared_norms_with", observed_with)
+    monkeypatch.setattr(ghost_norm, "_squared_norms_by_gram", lambda *x, **kw: grams.append(None) or by_gram(*x, **kw))
     for engine in ENGINES:
         for layer, num_tokens in (("linear_2d", 1), ("linear_3d", 3), ("linear_3d", 40), ("wide", 40)):
             case = wide_linear(num_tokens) if layer == "wide" else CASES[layer](num_tokens)
             assert error_of(case.to(torch.float64), engine) < 1e-10
     formed = {f"formed_{reuse}" for reuse in ("None", "later", "later_in_little", "at_once")}
-    assert taken == {"direct", "gram", "gram_in_bands", *formed}
+    assert taken == {"direct", "gram", "gram_in_bands", "gram_with_bias", *formed}
 
 
 def wide_linear(num_tokens: int) -> Case:
