@@ -322,9 +322,7 @@ class Zero(Backend):
         }
 
     def _wrap(self, make_optimizer: Callable[[Any], torch.optim.AdamW]) -> None:
-        import deepspeed
-
-        os.environ.setdefault("LOCAL_RANK", "0")
+        deepspeed = _deepspeed()
         optimizer = make_optimizer(self.module.parameters())
         config = self.config(self.stage, self.microbatch_size, self.max_grad_norm)
         engine, *_ = deepspeed.initialize(model=self.module, optimizer=optimizer, config=config)
@@ -436,11 +434,22 @@ def shard_model(
     return Zero(*arguments, stage=int(parallel.backend[-1]), microbatch_size=microbatch_size)
 
 
-def _partitioned(make: Callable[[], nn.Module], config: dict[str, Any]) -> nn.Module:
-    """`make()` with each layer cut up among the ranks as soon as it stands; what it initialised is arbitrary."""
+def _deepspeed() -> Any:
+    """DeepSpeed without its collectives over shared memory, which serve inference only.
+
+    It would compile them at the first start on a machine, under a lock file that outlives whoever is killed meanwhile:
+    every later start, of any run, would wait for it for ever.
+    """
+    os.environ.setdefault("LOCAL_RANK", "0")
     import deepspeed
 
-    os.environ.setdefault("LOCAL_RANK", "0")
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def _partitioned(make: Callable[[], nn.Module], config: dict[str, Any]) -> nn.Module:
+    """`make()` with each layer cut up among the ranks as soon as it stands; what it initialised is arbitrary."""
+    deepspeed = _deepspeed()
     # Without DeepSpeed's replacements of torch.empty and its kin, which turn float64 buffers to fp32; its `dtype` stays
     # unset, for where fp16 is not supported 0.19 reads any value of it as bf16.
     with deepspeed.zero.Init(config_dict_or_path=config, tensor_overrides=()):
