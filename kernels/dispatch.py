@@ -37,7 +37,7 @@ def choose(choice: Choice, device: torch.device) -> str:
     if choice == "reference":
         return "kernels: reference (as configured)"
     if choice == "auto" and (device.type == "cpu" or obstacle is not None):
-        return f"kernels: reference ({obstacle or 'on the CPU'})"
+        return f"kernels: reference ({'on the CPU' if device.type == 'cpu' else obstacle})"
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "the interpreter"
     return f"kernels: triton {importlib.metadata.version('triton')} on {where}"
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from kernels.dispatch import Choice
 from models.dit import DiTConfig
 from privacy.pii.filter import Policy
 from train.sources import SourceConfig
@@ -90,6 +91,7 @@ class Parallel(Section):
     min_ranks: Positive | None = None  # over all nodes: a restart goes on without lost ones down to it; null: all
     activation_checkpointing: bool = False
     compile: bool = False
+    kernels: Choice = "auto"  # Triton's, where a GPU runs them; triton or reference: these, or an error
     hardware: str = "auto"  # a file of configs/hardware, for MFU and the memory plan
 
     @model_validator(mode="after")

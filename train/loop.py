@@ -16,6 +16,7 @@ import torch
 from checkpointing.failpoints import failpoint
 from checkpointing.sharded import Checkpoint, latest
 from checkpointing.store import open_place
+from kernels import dispatch
 from models.dit import DiT, DiTConfig
 from privacy.clipping import Clipper
 from privacy.mechanism import Mechanism
@@ -121,6 +122,9 @@ class _Training:
         self.timeline.event("joined")
         dataset, config = open_split(run, stage), architecture(run, stage)
         _require_fit(dataset, config, world)
+        said = dispatch.choose(stage.parallel.kernels, world.device)
+        if world.rank == 0:
+            print(said, flush=True)
         self.backend = build_model(
             lambda: DiT(config),
             world,
