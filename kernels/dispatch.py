@@ -59,9 +59,14 @@ def use_triton(x: Tensor) -> bool:
     return x.device.type == "cuda" and _obstacle("cuda") is None
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # asked while tracing: torch.compile cannot trace what it reads
 def _obstacle(device_type: str) -> str | None:
     """Why kernels cannot run on such a device; None where they can."""
+    return _find_obstacle(device_type)
+
+
+@functools.cache
+def _find_obstacle(device_type: str) -> str | None:
     try:
         version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:

@@ -13,20 +13,40 @@ the *spread*, sum_n ||left_n|| ||right_n||, however much cancels: `squared_norms
 rounding in those units. Where N tokens of D and P features point in random directions it is about
 (N + 1.5 sqrt(D) + 1.5 sqrt(P)) eps / 2 of the norm by Gram matrices and 8 sqrt(N) eps of a formed one; a record whose
 tokens cancel is clipped too hard rather than too little.
+
+On a GPU `ghost_norm` and `clipped_weight_grad` form nothing, and add up on tensor cores, which do not round as IEEE
+does: they align 8 or 16 products and what was summed so far to the largest of them, cut off the rest and cut off again,
+for at most 5 eps of the largest (Fasi et al. 2021, doi:10.7717/peerj-cs.330; Khattak and Mikaitis 2025,
+arXiv:2512.07004). All of it may lean one way, so that no allowance found by attack on a CPU would do. The kernels'
+allowance is a bound instead. A sum of K products, by tensor cores or by fused multiply-adds, errs by at most u K of the
+sum of their magnitudes, where u is 5/8 eps. With L and R the Gram matrices, c for what multiplying and adding up their
+entries costs, and Cauchy and Schwarz for the magnitudes,
+
+    magnitude = sum_nm (D + c) ||left_n|| ||left_m|| |R_nm| + P ||right_n|| ||right_m|| |L_nm|
+    norm by Gram matrices: the square errs by at most u magnitude + D P (u spread)^2
+    a sum over N tokens, 256 at a time: errs by at most u (min(N, 256) + N / 256) spread
+
+and a norm is its measured value with the bounds of both, its own and that of the sum which will be released. Where
+tokens point in random directions and D = P = 1152 that is 0.1% of the norm at N = 256, 0.3% at N = 1024.
 """
 
-# B records, G groups, N tokens, P right features, D left features
+# B records, G groups, N tokens, T tokens of all records, P right features, D left features
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, Protocol
+from itertools import pairwise
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from kernels.dispatch import use_triton
+from kernels.tiles import Tile, tuned
 
 # In eps, found by attack (tests/privacy/test_sensitivity.py). Features all equal round the same way at every addition:
 # a sum over P of them errs by sqrt(P) and some. Where inner products are small beside their terms, one eps a token is
@@ -46,6 +66,8 @@ _LEAST_BAND = 32  # tokens; narrower ones cost more than they save
 _MULTIPLY_ADDS_A_WORD = 24
 _MOST_FORMED_BYTES = 1 << 26  # of one layer, kept for later: beyond it, memory is worth more than the time
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # of the kernels
+
 Reuse = Literal["at_once", "later", "later_in_little"] | None
 
 
@@ -55,7 +77,10 @@ class RecordWeights:
     def __init__(self, weights_B: Tensor) -> None:
         self.weights_B = weights_B
         self._excluded_B = weights_B == 0
-        self._any_excluded = bool(self._excluded_B.any())
+
+    @cached_property
+    def _any_excluded(self) -> bool:  # asked for once it matters: a GPU has to be waited for
+        return bool(self._excluded_B.any())
 
     def mask(self, x_B: Tensor) -> Tensor:
         """`x_B` (B, ...) in at least fp32, excluded records at zero: 0 * inf would be NaN."""
@@ -99,6 +124,8 @@ class OuterProducts:
     _formed_BGDP: Tensor | None = None  # each record's gradient, where that takes about as little room as its factors
 
     def squared_norms(self, *, reuse: Reuse = None) -> Tensor:
+        if self._on_kernels():
+            return self._squared_norms_on_kernels()
         left, right = self._factors()
         _, _, N, D = self.left_BGND.shape
         P = right.shape[2]
@@ -120,6 +147,10 @@ class OuterProducts:
         return squared.view(self.left_BGND.shape[:2]).sum(1)
 
     def weighted_sum(self, weights: RecordWeights) -> Tensor:
+        if self._on_kernels():
+            N = self.left_BGND.shape[2]
+            summed_DP = clipped_weight_grad(*self._packed(), weights.weights_B.float(), longest=N)
+            return summed_DP.view(self.shape)
         formed_BGDP = self._formed_BGDP
         if formed_BGDP is None and self._forming_pays(None):
             formed_BGDP = self._form()  # as for the norms: a sum over tokens in another order would round otherwise
@@ -137,12 +168,31 @@ class OuterProducts:
 
     def squared_norms_with(self, bias: TokenSum) -> Tensor:
         """Squared norms of a layer's weight (this) and bias together, cheaper than apart; neither will be reused."""
+        if self._on_kernels() and self._shares_left_with(bias):
+            return self._squared_norms_on_kernels(ones=True)
         if self.left_BGND.shape[2] == 1 or self._forming_pays(None) or not self._shares_left_with(bias):
             return self.squared_norms() + bias.squared_norms()
         return _squared_norms_by_gram(*self._factors(), ones=True)  # a bias is the weight of a feature that is one
 
     def _shares_left_with(self, bias: TokenSum) -> bool:
         return self.left_BGND.shape[1] == 1 and self.left_BGND.data_ptr() == bias.left_BND.data_ptr()
+
+    def _on_kernels(self) -> bool:
+        """Whether Triton's kernels take these factors, and nothing is ever formed.
+
+        One token is cheaper by the plain formula, and the convolutions in groups are too narrow for matrix units.
+        """
+        _, G, N, _ = self.left_BGND.shape
+        left, right = self.left_BGND, self.right_BGNP
+        return G == 1 and N > 1 and left.dtype == right.dtype and left.dtype in _DTYPES and use_triton(left)
+
+    def _packed(self) -> tuple[Tensor, Tensor, Tensor]:
+        B, _, N, _ = self.left_BGND.shape
+        offsets_B1 = torch.arange(0, B * N + 1, N, device=self.left_BGND.device)
+        return self.left_BGND.flatten(0, 2), self.right_BGNP.flatten(0, 2), offsets_B1
+
+    def _squared_norms_on_kernels(self, *, ones: bool = False) -> Tensor:
+        return ghost_norm(*self._packed(), ones=ones, longest=self.left_BGND.shape[2])
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         return at_least_fp32(self.left_BGND).flatten(0, 1), at_least_fp32(self.right_BGNP).flatten(0, 1)
@@ -177,18 +227,17 @@ class TokenSum:
     shape: torch.Size
 
     def squared_norms(self, *, reuse: Reuse = None) -> Tensor:
-        left_BND = at_least_fp32(self.left_BND)
-        if left_BND.shape[1] == 1:
-            return left_BND.square().sum((1, 2))
-        sums_B1D = left_BND.sum(1, keepdim=True)
+        if self.left_BND.shape[1] == 1:
+            return at_least_fp32(self.left_BND).square().sum((1, 2))
+        sums_B1D = _sums(self.left_BND)[:, None]
         norms_B = _norms(sums_B1D).squeeze(1)
         if reuse is None:
-            return _allow_for_sum(norms_B, _norms(left_BND).sum(1)).square()
+            return _allow_for_sum(norms_B, _norms(at_least_fp32(self.left_BND)).sum(1)).square()
         self.left_BND = sums_B1D  # what was measured is itself what is summed
         return norms_B.square()
 
     def weighted_sum(self, weights: RecordWeights) -> Tensor:
-        sums_BD = weights.mask(self.left_BND).sum(1)
+        sums_BD = weights.mask(_sums(self.left_BND))
         return (weights.weights_B.to(sums_BD.dtype) @ sums_BD).view(self.shape)
 
     def outer_products(self) -> OuterProducts:
@@ -258,7 +307,7 @@ def together(uses: Sequence[PerRecordGradient]) -> PerRecordGradient:
     if len(uses) == 1:
         return uses[0]
     products = [use.outer_products() for use in uses]
-    left, right = _concatenated([p.left_BGND for p in products]), _concatenated([p.right_BGNP for p in products])
+    left, right = torch.cat([p.left_BGND for p in products], 2), torch.cat([p.right_BGNP for p in products], 2)
     return OuterProducts(left, right, products[0].shape)
 
 
@@ -271,18 +320,245 @@ def squared_norms(of_layer: Sequence[PerRecordGradient], *, reuse: Reuse = None)
             return torch.stack([gradient.squared_norms(reuse=reuse) for gradient in of_layer]).sum(0)
 
 
+def ghost_norm(
+    left_TD: Tensor, right_TP: Tensor, offsets_B1: Tensor, *, ones: bool = False, longest: int | None = None
+) -> Tensor:
+    """Squared norms, (B,) fp32, of sum_n left[n] (x) right[n] over each record's tokens, made as large as rounding may.
+
+    Record b has the tokens offsets[b] up to offsets[b + 1]. With `ones`, every token has one right feature more, of
+    value one: a bias. `longest` is the most tokens that any record has (without it the GPU is waited for); a record
+    that has more gets NaN, which no clipping counts.
+
+    Guarantee: not below the norm of the record's share of `clipped_weight_grad` under a weight of one, as it is
+    computed there. For one `longest`, a record's result has the same bits whatever records are beside it.
+    Raises ValueError for shapes, dtypes or devices that do not fit together.
+    """
+    longest = _checked(left_TD, right_TP, offsets_B1, longest)
+    if use_triton(left_TD):
+        return _ghost_norm(left_TD, right_TP, offsets_B1, ones, longest)[0]
+    found = [left_TD.new_zeros(0, dtype=torch.float32)]
+    for left_BGND, right_BGNP, shape in _segments(left_TD, right_TP, offsets_B1):
+        weight, bias = OuterProducts(left_BGND, right_BGNP, shape), TokenSum(left_BGND[:, 0], shape[:1])
+        found.append(weight.squared_norms_with(bias) if ones else weight.squared_norms())
+    return torch.cat(found)
+
+
+def clipped_weight_grad(
+    left_TD: Tensor, right_TP: Tensor, offsets_B1: Tensor, weights_B: Tensor, *, longest: int | None = None
+) -> Tensor:
+    """sum_b weights[b] sum_{n of b} left[n] (x) right[n], (D, P) fp32; records as in `ghost_norm`.
+
+    Each record's sum is taken in fp32, and in fp32 it is weighed, whatever the factors' precision. A record of weight
+    zero leaves no trace, though its values be inf or NaN.
+    """
+    longest = _checked(left_TD, right_TP, offsets_B1, longest)
+    if weights_B.shape != (len(offsets_B1) - 1,) or weights_B.dtype != torch.float32:
+        raise ValueError(
+            f"weights_B is {_described(weights_B)}: give fp32, one for each of {len(offsets_B1) - 1} records"
+        )
+    if use_triton(left_TD):
+        return _clipped_weight_grad(left_TD, right_TP, offsets_B1, weights_B, longest)
+    total_DP = left_TD.new_zeros(left_TD.shape[1], right_TP.shape[1], dtype=torch.float32)
+    for record, (left_BGND, right_BGNP, shape) in enumerate(_segments(left_TD, right_TP, offsets_B1)):
+        weights = RecordWeights(weights_B[record : record + 1])
+        total_DP += OuterProducts(left_BGND, right_BGNP, shape).weighted_sum(weights)
+    return total_DP
+
+
+def gram_pays_up_to(D: int, P: int, block: int) -> int:
+    """The most tokens of a record whose Gram matrices, in tiles of `block` tokens, are no dearer than its gradient."""
+    return max(0, 2 * D * P // (D + P) - block)
+
+
+def ghost_norm_flops(num_tokens: int, num_records: int, D: int, P: int) -> int:
+    """Of records of equal lengths, by the cheaper form, either half of the Gram matrices counted once."""
+    length = num_tokens / max(1, num_records)
+    return round(num_tokens * min((length + 1) * (D + P), 2 * D * P))
+
+
+def ghost_norm_bytes(num_tokens: int, num_records: int, D: int, P: int, itemsize: int) -> int:
+    """Both factors read once, the norms written."""
+    return num_tokens * (D + P) * itemsize + 4 * num_records
+
+
+def clipped_weight_grad_flops(num_tokens: int, D: int, P: int) -> int:
+    """Those of a plain weight gradient."""
+    return 2 * num_tokens * D * P
+
+
+def clipped_weight_grad_bytes(num_tokens: int, D: int, P: int, itemsize: int) -> int:
+    """Both factors read once, the sum written."""
+    return num_tokens * (D + P) * itemsize + 4 * D * P
+
+
+def _checked(left_TD: Tensor, right_TP: Tensor, offsets_B1: Tensor, longest: int | None) -> int:
+    """`longest`, or what it is; raises ValueError where arguments do not fit."""
+    if left_TD.dim() != 2 or left_TD.dtype not in _DTYPES:
+        raise ValueError(f"left_TD is {_described(left_TD)}: give (tokens, features) of {_named(_DTYPES)}")
+    if right_TP.dim() != 2 or len(right_TP) != len(left_TD) or right_TP.dtype != left_TD.dtype:
+        wanted = f"give ({len(left_TD)}, features) of {_named([left_TD.dtype])}, as left_TD"
+        raise ValueError(f"right_TP is {_described(right_TP)}: {wanted}")
+    if offsets_B1.dim() != 1 or not len(offsets_B1) or offsets_B1.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"offsets_B1 is {_described(offsets_B1)}: give (records + 1,) of int32 or int64")
+    devices = {x.device for x in (left_TD, right_TP, offsets_B1)}
+    if len(devices) > 1:
+        raise ValueError(f"left_TD, right_TP and offsets_B1 are on {_named(devices)}: give them on one device")
+    if longest is None:
+        return int(offsets_B1.diff().max()) if len(offsets_B1) > 1 else 0
+    if longest < 0:
+        raise ValueError(f"longest is {longest}: give the most tokens that any record has")
+    return longest
+
+
+def _described(x: Tensor) -> str:
+    return f"{tuple(x.shape)} of {_named([x.dtype])}"
+
+
+def _named(things: Iterable[object]) -> str:
+    return ", ".join(sorted(str(thing).removeprefix("torch.") for thing in things))
+
+
+def _segments(left_TD: Tensor, right_TP: Tensor, offsets_B1: Tensor) -> Iterator[tuple[Tensor, Tensor, torch.Size]]:
+    """Each record's factors, as a batch of one."""
+    shape = torch.Size([left_TD.shape[1], right_TP.shape[1]])
+    for start, end in pairwise(offsets_B1.tolist()):
+        yield left_TD[None, None, start:end], right_TP[None, None, start:end], shape
+
+
+@torch.library.custom_op("sfumato::ghost_norm", mutates_args=())
+def _ghost_norm(left_TD: Tensor, right_TP: Tensor, offsets_B1: Tensor, ones: bool, longest: int) -> Tensor:
+    """Of each record, (4, B): the guarded squared norm, that which came out, its magnitude and its spread."""
+    from kernels import ghost_norm_triton as on_gpu
+
+    left_TD, right_TP = _in_rows(left_TD), _in_rows(right_TP)
+    (T, D), P, B = left_TD.shape, right_TP.shape[1], len(offsets_B1) - 1
+    norms_2T, out_4B = (left_TD.new_empty(size, dtype=torch.float32) for size in ((2, T), (4, B)))
+    diagonal_2BI = below_2BI = norms_2T.new_empty(2, B, 0)
+    direct_BI = norms_2T.new_empty(B, 0)
+    strides = left_TD.stride(0), right_TP.stride(0)
+    tile = on_gpu.gram_tile(left_TD.itemsize, longest, aligned=_aligned(left_TD, right_TP))
+    tile = tuned("ghost_norm.gram", f"{_named([left_TD.dtype])} {tile.constants['BLOCK']}", tile)
+    most = gram_pays_up_to(D, P + ones, block := tile.constants["BLOCK"])
+
+    if longest > most:
+        norm_grid = (-(-T // on_gpu.NORM_TILE.constants["BLOCK"]),)
+        _launch(
+            on_gpu.token_norms, norm_grid, on_gpu.NORM_TILE, left_TD, right_TP, norms_2T, *strides, D, P, T, ONES=ones
+        )
+        rights = [right_TP] + [left_TD.new_ones(1, 1).expand(T, 1)] * ones
+        tiles = [_product_tile(left_TD, right) for right in rights]
+        numbers = [_tiles_of(tile, D, right.shape[1]) for tile, right in zip(tiles, rights, strict=True)]
+        direct_BI = norms_2T.new_empty(B, sum(numbers))
+        for first, number, of_direct, right in zip((0, numbers[0]), numbers, tiles, rights, strict=False):
+            _launch(
+                on_gpu.direct, (B * number,), of_direct, left_TD, right, offsets_B1, direct_BI[:, first:],
+                left_TD.stride(0), right.stride(0), D, right.shape[1], most, number, direct_BI.shape[1],
+                **_whole(of_direct, "BLOCK_D", "BLOCK_P", D, right.shape[1]),
+            )  # fmt: skip
+    equal = B * longest == T
+    if longest <= most or not equal:  # after the above: of a short record, the norms are those of its diagonals
+        across = -(-min(longest, most) // block)
+        diagonal_2BI = norms_2T.new_empty(2, B, across)
+        below_2BI = norms_2T.new_empty(2, B, across * (across - 1) // 2)
+        for kernel, parts_2BI in ((on_gpu.gram_diagonal, diagonal_2BI), (on_gpu.gram_below, below_2BI)):
+            _launch(
+                kernel, (parts_2BI[0].numel(),), tile, left_TD, right_TP, offsets_B1, norms_2T, parts_2BI, *strides,
+                D, P, T, most, parts_2BI.shape[2], ONES=ones, **_whole(tile, "BLOCK_K", "BLOCK_K", D, P),
+            )  # fmt: skip
+    _launch(
+        on_gpu.finish, (B,), on_gpu.FINISH_TILE, offsets_B1, norms_2T, diagonal_2BI, below_2BI, direct_BI, out_4B,
+        D, P + ones, T, most, longest, *(x.shape[-1] for x in (diagonal_2BI, below_2BI, direct_BI)), BLOCK=block,
+    )  # fmt: skip
+    return out_4B
+
+
+@_ghost_norm.register_fake
+def _(left_TD: Tensor, right_TP: Tensor, offsets_B1: Tensor, ones: bool, longest: int) -> Tensor:
+    return left_TD.new_empty(4, offsets_B1.shape[0] - 1, dtype=torch.float32)
+
+
+@torch.library.custom_op("sfumato::clipped_weight_grad", mutates_args=())
+def _clipped_weight_grad(
+    left_TD: Tensor, right_TP: Tensor, offsets_B1: Tensor, weights_B: Tensor, longest: int
+) -> Tensor:
+    from kernels import ghost_norm_triton as on_gpu
+
+    left_TD, right_TP, weights_B = _in_rows(left_TD), _in_rows(right_TP), weights_B.contiguous()
+    (T, D), P, B = left_TD.shape, right_TP.shape[1], len(weights_B)
+    tile = _product_tile(left_TD, right_TP)
+    number = _tiles_of(tile, D, P)
+    shares = max(1, min(B, on_gpu.PROGRAMS // max(1, number)))  # of the records, where one weight has too few tiles
+    sums_SDP = left_TD.new_empty(shares, D, P, dtype=torch.float32)
+    _launch(
+        on_gpu.weighted, (number, shares), tile, left_TD, right_TP, offsets_B1, weights_B, sums_SDP,
+        left_TD.stride(0), right_TP.stride(0), D, P, B, longest, EQUAL=B * longest == T,
+        **_whole(tile, "BLOCK_D", "BLOCK_P", D, P),
+    )  # fmt: skip
+    return sums_SDP[0] if shares == 1 else sums_SDP.sum(0)
+
+
+@_clipped_weight_grad.register_fake
+def _(left_TD: Tensor, right_TP: Tensor, offsets_B1: Tensor, weights_B: Tensor, longest: int) -> Tensor:
+    return left_TD.new_empty(left_TD.shape[1], right_TP.shape[1], dtype=torch.float32)
+
+
+@register_flop_formula(torch.ops.sfumato.ghost_norm)
+def _(left: Sequence[int], right: Sequence[int], offsets: Sequence[int], ones: bool, *_: object, **__: object) -> int:
+    return ghost_norm_flops(left[0], offsets[0] - 1, left[1], right[1] + ones)
+
+
+@register_flop_formula(torch.ops.sfumato.clipped_weight_grad)
+def _(left: Sequence[int], right: Sequence[int], *_: object, **__: object) -> int:
+    return clipped_weight_grad_flops(left[0], left[1], right[1])
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], tile: Tile, *args: object, **constants: object) -> None:
+    if math.prod(grid):
+        warps = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+        kernel[grid](*args, **constants, **tile.constants, **warps)
+
+
+def _product_tile(left_TD: Tensor, right_TP: Tensor) -> Tile:
+    from kernels import ghost_norm_triton as on_gpu
+
+    widths = left_TD.shape[1], right_TP.shape[1]
+    tile = on_gpu.product_tile(left_TD.itemsize, *widths, aligned=_aligned(left_TD, right_TP))
+    tile_class = f"{_named([left_TD.dtype])} {tile.constants['BLOCK_D']}x{tile.constants['BLOCK_P']}"
+    return tuned("ghost_norm.product", tile_class, tile)
+
+
+def _tiles_of(tile: Tile, D: int, P: int) -> int:
+    return -(-D // tile.constants["BLOCK_D"]) * -(-P // tile.constants["BLOCK_P"])
+
+
+def _whole(tile: Tile, of_left: str, of_right: str, D: int, P: int) -> dict[str, bool]:
+    """Whether blocks divide the widths, so that no load need be masked."""
+    return {"WHOLE_D": D % tile.constants[of_left] == 0, "WHOLE_P": P % tile.constants[of_right] == 0}
+
+
+def _aligned(*factors: Tensor) -> bool:
+    return all(x_TD.stride(0) * x_TD.itemsize % 16 == 0 for x_TD in factors)
+
+
+def _in_rows(x_TD: Tensor) -> Tensor:
+    return x_TD if x_TD.stride(1) == 1 or x_TD.shape[1] == 1 else x_TD.contiguous()  # tokens may lie apart
+
+
 def at_least_fp32(x: Tensor) -> Tensor:
     """`x` itself in fp64, otherwise in fp32: norms and sums over records are never taken in fewer bits."""
     return x if x.dtype == torch.float64 else x.float()
 
 
+def _sums(left_BND: Tensor) -> Tensor:
+    """Over tokens, in at least fp32; on a GPU without a copy in fp32."""
+    if left_BND.device.type == "cpu" or left_BND.itemsize > 2:
+        return at_least_fp32(left_BND).sum(1)
+    return left_BND.sum(1, dtype=torch.float32)
+
+
 def _without_tokens(factor_BGND: Tensor) -> Tensor:
     B, G, _, D = factor_BGND.shape
     return factor_BGND.new_empty(B, G, 0, D)  # a view of none would keep all of them in memory
-
-
-def _concatenated(factors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([at_least_fp32(factor) for factor in factors], dim=2)
 
 
 def _squared_norms_by_gram(left_BND: Tensor, right_BNP: Tensor, *, ones: bool = False) -> Tensor:

@@ -17,7 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -85,6 +84,8 @@ def visit_gaussian(
 
 def chacha20_words(key: bytes, start: int, out: NDArray[np.uint64]) -> None:
     """Fill `out` with 64-bit words of the ChaCha20 keystream from word `start` on, a multiple of 8."""
+    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms  # which a GPU's own noise does without
+
     counter = start * 8 // _CHACHA_BLOCK_BYTES
     low, high = counter % (1 << _COUNTER_BITS), counter >> _COUNTER_BITS
     nonce = low.to_bytes(4, "little") + high.to_bytes(12, "little")

@@ -14,7 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from kernels.adaln import adaln
 from models.layers import (
+    LAYER_NORM_EPS,
     MLP,
     SINUSOID_FEATURES,
     Attention,
@@ -105,8 +107,9 @@ class DiTBlock(nn.Module):
 
     def forward(self, x_BND: Tensor, condition_BD: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition_BD).chunk(6, dim=-1)
-        x_BND = x_BND + gate1[:, None] * self.attention(modulated_norm(x_BND, shift1, scale1))
-        return x_BND + gate2[:, None] * self.mlp(modulated_norm(x_BND, shift2, scale2))
+        attended_BND = self.attention(modulated_norm(x_BND, shift1, scale1))
+        x_BND, modulated_BND = adaln(x_BND, shift2, scale2, attended_BND, gate1, LAYER_NORM_EPS)
+        return x_BND + gate2[:, None] * self.mlp(modulated_BND)
 
 
 class FinalLayer(nn.Module):

@@ -13,6 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import per_record
+from kernels.adaln import adaln
+from kernels.attention import attention
+from kernels.norms import layer_norm, rms_norm
 from kernels.per_record import PerRecordModule
 
 LAYER_NORM_EPS = 1e-6
@@ -74,8 +77,7 @@ class LayerNorm(nn.Module):
         nn.init.ones_(self.scale.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.layer_norm(x, x.shape[-1:], eps=self.eps) * _over_tokens(self.scale(len(x)), x)
-        return y if self.shift is None else y + _over_tokens(self.shift(len(x)), x)
+        return layer_norm(x, self.scale(len(x)), None if self.shift is None else self.shift(len(x)), self.eps)
 
 
 class RMSNorm(nn.Module):
@@ -88,7 +90,7 @@ class RMSNorm(nn.Module):
         nn.init.ones_(self.scale.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], eps=self.eps) * _over_tokens(self.scale(len(x)), x)
+        return rms_norm(x, self.scale(len(x)), self.eps)
 
 
 class LoRALinear(nn.Module):
@@ -145,7 +147,7 @@ class Attention(nn.Module):
     def forward(self, x_BND: Tensor) -> Tensor:
         qkv_BN3HK = self.qkv(x_BND).unflatten(-1, (3, self.heads, -1))
         q_BHNK, k_BHNK, v_BHNK = qkv_BN3HK.permute(2, 0, 3, 1, 4)
-        out_BHNK = F.scaled_dot_product_attention(q_BHNK, k_BHNK, v_BHNK)
+        out_BHNK = attention(q_BHNK, k_BHNK, v_BHNK)
         return self.proj(out_BHNK.transpose(1, 2).flatten(2))
 
 
@@ -161,15 +163,9 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x_BND), approximate="tanh"))
 
 
-def _over_tokens(weight_BD: Tensor, x: Tensor) -> Tensor:
-    """Each record's [D] vector against x of [B, ..., D]."""
-    return weight_BD.view(len(x), *[1] * (x.dim() - 2), -1)
-
-
 def modulated_norm(x_BND: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
     """LayerNorm without weights of its own, then each record's (1 + scale) and shift."""
-    normed_BND = F.layer_norm(x_BND, x_BND.shape[-1:], eps=LAYER_NORM_EPS)
-    return normed_BND * (1 + scale_BD[:, None]) + shift_BD[:, None]
+    return adaln(x_BND, shift_BD, scale_BD, eps=LAYER_NORM_EPS)[1]
 
 
 def sincos_positions(grid_size: int, width: int) -> Tensor:

@@ -25,6 +25,7 @@ def main() -> int:
     from train.benchmarks import data, pii, train
     from train.benchmarks_checkpoint import checkpoint
     from train.benchmarks_goodput import goodput
+    from train.benchmarks_kernels import kernels, tune_kernels
     from train.benchmarks_privacy import dp
     from train.benchmarks_restart import restart
     from train.measurements import all_met, measurement
@@ -32,6 +33,7 @@ def main() -> int:
     benchmarks = {
         "dp": dp,
         "train": train,
+        "kernels": kernels,
         "checkpoint": checkpoint,
         "restart": restart,
         "data": data,
@@ -42,12 +44,20 @@ def main() -> int:
     parser.add_argument("what", choices=benchmarks, help="what to measure")
     parser.add_argument("--json", type=Path, metavar="F", help="write machine, versions, commit and rows to this file")
     parser.add_argument("--picture", type=Path, metavar="F", help="with goodput: draw it to this PNG file")
+    parser.add_argument("--tune", action="store_true", help="with kernels, on a GPU: first find its best tiles")
     arguments = parser.parse_args()
     if arguments.picture and arguments.what != "goodput":
         parser.error("--picture draws goodput: leave it out")
+    if arguments.tune and arguments.what != "kernels":
+        parser.error("--tune is for kernels: leave it out")
 
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("train").setLevel(logging.INFO)
+    if arguments.tune:
+        try:
+            print(f"tiles written to {tune_kernels()}")
+        except ValueError as error:
+            parser.error(str(error))
     rows = goodput(arguments.picture) if arguments.picture else benchmarks[arguments.what]()
     measured = measurement(rows)
     Console(width=None if sys.stdout.isatty() else 140).print(_table(measured))
@@ -63,9 +73,10 @@ def _table(measured: Mapping[str, Any]) -> Table:
         table.add_column(column, justify="right" if column in ("value", "target") else "left")
     for row in measured["rows"]:
         verdict = {True: "met", False: "missed", None: ""}[row["ok"]]
-        value = "not measured" if row["value"] is None else f"{row['value']:,.4g}"
+        value = row["value"]
+        shown = "not measured" if value is None else value if isinstance(value, str) else f"{value:,.4g}"
         target = "" if row["target"] is None else f"{row['target']:g}"
-        table.add_row(row["name"], value, row["unit"], target, verdict)
+        table.add_row(row["name"], shown, row["unit"], target, verdict)
     return table
 
 

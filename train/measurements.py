@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
-from train.run_folder import code_version
+from train import ROOT
 
 VERSIONED = ("torch", "triton", "deepspeed", "opacus", "dp-accounting", "numpy", "safetensors", "wandb")
 
@@ -74,3 +76,25 @@ def versions() -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = None
     return found
+
+
+@functools.cache
+def code_version() -> str:
+    """As "git:COMMIT", with "+dirty" where tracked files differ from it; outside a clone, the package's version."""
+    if (ROOT / ".git").exists():
+        commit = _git("rev-parse", "--verify", "HEAD")
+        if commit is not None:
+            dirty = _git("status", "--porcelain", "--untracked-files=no")
+            return f"git:{commit}{'+dirty' if dirty else ''}"
+    try:
+        return f"sfumato=={importlib.metadata.version('sfumato')}"
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

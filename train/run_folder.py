@@ -9,14 +9,11 @@ own to resume from. Manifests name each other by hash, so a stage whose input ch
 from __future__ import annotations
 
 import fcntl
-import functools
 import hashlib
-import importlib.metadata
 import json
 import os
 import secrets
 import socket
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -28,8 +25,8 @@ from typing import Any
 from blake3 import blake3
 
 from checkpointing.store import sync_folder
-from train import ROOT
 from train.config import FinetuneStage, StageConfig, identity_of
+from train.measurements import code_version
 from train.recipe import differing_key
 
 FORMAT = 1
@@ -216,28 +213,6 @@ def digests(files: Iterable[Path]) -> dict[Path, str]:
 def now() -> str:
     """The time in UTC, as manifests write it."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
-
-
-@functools.cache
-def code_version() -> str:
-    """As "git:COMMIT", with "+dirty" where tracked files differ from it; outside a clone, the package's version."""
-    if (ROOT / ".git").exists():
-        commit = _git("rev-parse", "--verify", "HEAD")
-        if commit is not None:
-            dirty = _git("status", "--porcelain", "--untracked-files=no")
-            return f"git:{commit}{'+dirty' if dirty else ''}"
-    try:
-        return f"sfumato=={importlib.metadata.version('sfumato')}"
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
