@@ -74,7 +74,7 @@ def attention_flops(q_shape: Sequence[int], k_shape: Sequence[int], pairs: int |
 
 
 def attention_backward_flops(q_shape: Sequence[int], k_shape: Sequence[int], pairs: int | None = None) -> int:
-    """Of the backward: the five products that the gradients need. That two kernels form two of them again is not work."""
+    """Of the backward: the five products that it takes. That two kernels form two of them again is not counted."""
     return attention_flops(q_shape, k_shape, pairs) // 2 * 5
 
 
@@ -117,7 +117,7 @@ def _scale(q_BHNK: Tensor, scale: float | None) -> float:
 
 
 def _vectors(mask: AttentionMask) -> list[Tensor]:
-    """The mask as the op takes it: bounds, lists forward and transposed, then, where there is noise, its two vectors."""
+    """The mask as the op takes it: bounds, lists forward and transposed and, where there is noise, its two vectors."""
     vectors = [mask.lo_BN, mask.hi_BN, mask.num_full_BI, mask.full_BIJ, mask.num_partial_BI, mask.partial_BIJ,
                mask.num_full_BJ, mask.full_BJI, mask.num_partial_BJ, mask.partial_BJI]  # fmt: skip
     return vectors if mask.seg_BN is None or mask.noise_BM is None else [*vectors, mask.seg_BN, mask.noise_BM]
@@ -207,7 +207,7 @@ def _attention_backward(
     if launch.is_short(tile, "q", "dout"):
         tile = launch.tile("backward_short")
         # dq waits here from one tile of keys to the next
-        so_far = torch.empty(q_BHNK.shape if M > tile.constants["KEYS"] else 0, dtype=torch.float32, device=dq.device)
+        so_far = torch.empty(q_BHNK.shape if tile.constants["KEYS"] < M else 0, dtype=torch.float32, device=dq.device)
         launch(kernels.backward_short, B * G, tile, "q", "dout", dq_so_far=so_far, **rows)
         return found
     lists = dict(zip(_LISTS, mask[6:10], strict=False))
@@ -269,7 +269,7 @@ class _Launch:
     tensors: Mapping[str, Tensor]  # of heads: the names of the kernels' arguments
 
     def __call__(self, kernel: Any, programs: int, tile: Tile, *streamed: str, **others: Tensor | int) -> None:
-        """Launch; `streamed` are the tensors that the kernel walks over, by tensor descriptors where the tile says so."""
+        """Launch; `streamed` are the tensors the kernel walks over, by tensor descriptors where the tile says so."""
         from kernels.attention_triton import parts
 
         width = self.tensors["q"].shape[-1]
@@ -289,7 +289,8 @@ class _Launch:
             lo, hi = self.mask[:2]
             seg, noise = self.mask[10:] or (lo, lo)  # never read without noise
             arguments |= {"lo": lo, "hi": hi, "seg": seg, "noise": noise}
-        by_descriptors = self._fits_descriptors(tile, streamed)
+        # the short kernels know nothing else
+        by_descriptors = bool(tile.constants.get("DESCRIPTORS", 1)) and self._fit_descriptors(streamed)
         arguments["DESCRIPTORS"] = by_descriptors
         for name in streamed:
             x = self.tensors[name]
@@ -316,19 +317,13 @@ class _Launch:
 
     def is_short(self, tile: Tile, *streamed: str) -> bool:
         """Whether one program does a whole head. With a mask it never does: the result must not depend on padding."""
-        return (
-            not self.mask and max(self.N, self.M) <= tile.constants["SHORT"] and self._fits_descriptors(tile, streamed)
-        )
+        return not self.mask and max(self.N, self.M) <= tile.constants["SHORT"] and self._fit_descriptors(streamed)
 
-    def _fits_descriptors(self, tile: Tile, names: Sequence[str]) -> bool:
+    def _fit_descriptors(self, names: Sequence[str]) -> bool:
         """Hopper's copy engine wants 16-byte addresses and strides."""
-        if not tile.constants.get("DESCRIPTORS", 0):
-            return False
         tensors = [self.tensors[name] for name in names]
-        return all(
-            x.data_ptr() % 16 == 0 and all(s > 0 and s * x.element_size() % 16 == 0 for s in x.stride()[:3])
-            for x in tensors
-        )
+        strides = [stride * x.element_size() for x in tensors for stride in x.stride()[:3]]
+        return all(x.data_ptr() % 16 == 0 for x in tensors) and all(s > 0 and s % 16 == 0 for s in strides)
 
 
 def _rows(**tensors: Tensor) -> dict[str, Tensor]:
@@ -367,7 +362,8 @@ def _pairs(q_BHNK: Tensor, k_BGMK: Tensor, mask: list[Tensor]) -> int | None:
     """The pairs of the listed blocks; all pairs while a compiler traces, for it has no lists to read."""
     if not mask or is_fake(mask[0]):
         return None
-    return visited_pairs(*mask[2:6], q_BHNK.shape[2], k_BGMK.shape[2])
+    num_full_BI, full_BIJ, num_partial_BI, partial_BIJ = mask[2:6]
+    return visited_pairs(num_full_BI, full_BIJ, num_partial_BI, partial_BIJ, q_BHNK.shape[2], k_BGMK.shape[2])
 
 
 def _count_plain(q_shape: Sequence[int], k_shape: Sequence[int], *_: Any, **__: Any) -> int:
@@ -380,9 +376,10 @@ def _count_plain_backward(_grad_shape: Any, q_shape: Sequence[int], k_shape: Seq
 
 flop_counter.register_flop_formula(torch.ops.sfumato.attention, get_raw=True)(_count_forward)
 flop_counter.register_flop_formula(torch.ops.sfumato.attention_backward, get_raw=True)(_count_backward)
-for _op, _formula in (
-    (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, _count_plain),
-    (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward, _count_plain_backward),
-):
-    if _op not in flop_counter.flop_registry:  # of what attention is on the CPU, PyTorch has no formula
-        flop_counter.register_flop_formula(_op)(_formula)
+# What attention is on the CPU, PyTorch has no formulas for.
+_PLAIN: dict[Any, Any] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _count_plain,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _count_plain_backward,
+}
+for _op in _PLAIN.keys() - flop_counter.flop_registry.keys():
+    flop_counter.register_flop_formula(_op)(_PLAIN[_op])

@@ -13,6 +13,7 @@ backward in two passes; Milakov & Gimelshein 2018 (arXiv:1805.02867), Alg. 3.
 """
 
 # B records, H query heads, G key heads, N queries, M keys, K head width, I blocks of queries, J blocks of keys
+# ruff: noqa: PLR0912, PLR0915  a kernel is one function, for its tiles live in registers
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportIndexIssue=false
 # pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false, reportCallIssue=false
 from __future__ import annotations
@@ -20,7 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.aot import Build
+from kernels.aot import TARGETS, Build
 from kernels.tiles import Tile
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
@@ -52,7 +53,7 @@ def _streamed(source, base, stride, record, head, first, end, ROWS: tl.constexpr
     """`_tile` of what a loop walks over: by Hopper's copy engine, which fills in the zeros by itself, or by loads."""
     if DESCRIPTORS:
         return source.load([record, head, first, FROM]).reshape(ROWS, COLUMNS)
-    else:  # noqa: RET505  Triton compiles what stands behind a return
+    else:  # not behind the return: Triton would compile it all the same
         return _tile(base, stride, first, end, ROWS, FROM, COLUMNS, WIDTH, RAGGED)
 
 
@@ -251,8 +252,8 @@ def prepare(
 ):  # fmt: skip
     """What the backward wants of each row: its lse in base 2, and the sum over K of out * dout.
 
-    logs and centre are (B, H, I * BLOCK), so that no loop has to ask where the rows end: past N, and in empty rows, logs
-    is +inf, under which every weight is 0.
+    logs and centre are (B, H, I * BLOCK), so that no loop has to ask where the rows end: past N, and in empty rows,
+    logs is +inf, under which every weight is 0.
     """
     num_tiles = tl.cdiv(N, BLOCK)
     tile = tl.program_id(0).to(tl.int64)
@@ -547,6 +548,7 @@ def backward_short(
 
 
 SHORT = 256  # tokens up to which one program does a whole head
+WIDEST_SHORT = 80  # of a head: wider, a program would run out of registers
 WIDTHS = (32, 64, 72, 80, 96, 128)  # of a head
 
 
@@ -569,44 +571,44 @@ def shape_class(width: int, dtype: str, masked: bool, num_keys: int | None) -> s
 
 
 def tile(kernel: str, width: int, dtype: str, capability: int, masked: bool, num_keys: int | None) -> Tile:
-    """The tile of a kernel for a head width and "bf16", "fp16" or "fp32", on compute capability 9.0 (90) or others (80).
+    """The tile of a kernel for a head width and "bf16", "fp16" or "fp32", on compute capability 9.0 (90) or other (80).
 
     Chosen by what the compiler makes of it: the widest without spills whose registers leave room for two programs.
     """
     if kernel == "forward_short":
-        return Tile({"QUERIES": 64, "DESCRIPTORS": 1}, 4, 2)
+        return Tile({"QUERIES": 64}, 4, 2)
     if kernel == "backward_short":
-        return Tile({"QUERIES": 64, "KEYS": min(128, keys_held(num_keys or SHORT)), "DESCRIPTORS": 1}, 8, 2)
-    if dtype == "fp32":  # products by fused multiply-adds, exact
+        return Tile({"QUERIES": 64, "KEYS": min(128, keys_held(num_keys or SHORT))}, 8, 2)
+    if dtype == "fp32":  # exact products, without the tensor cores
         queries, keys, num_warps, num_stages = 16, 32, 8, 1
+        if kernel == "backward_queries" and capability == 80:
+            keys = 16
     elif capability == 90:
         queries, keys, num_warps, num_stages = (64, 128, 8, 3) if kernel == "backward_keys" else (128, 64, 8, 3)
     elif kernel == "forward":
         queries, keys, num_warps, num_stages = 64, 64, 4, 3
-    elif kernel == "backward_keys" and width < 128:
-        queries, keys, num_warps, num_stages = 32, 128, 8, 2
+    elif kernel == "backward_keys":
+        queries, keys, num_warps, num_stages = {96: (32, 64, 8, 2), 128: (64, 64, 8, 2)}.get(width, (32, 128, 8, 2))
     else:
-        queries, keys, num_warps, num_stages = 64, 64, 8, 2
+        queries, keys, num_warps, num_stages = {32: (64, 64, 4, 2), 96: (64, 32, 8, 2)}.get(width, (64, 64, 8, 2))
     hopper = capability == 90 and dtype != "fp32"
     constants = {"QUERIES": queries, "KEYS": keys, "DESCRIPTORS": int(hopper)}
     if kernel != "backward_queries":  # which goes as backward_keys goes
-        constants["SHORT"] = SHORT if hopper and width <= 80 and not masked else 0
+        constants["SHORT"] = SHORT if hopper and width <= WIDEST_SHORT and not masked else 0
     return Tile(constants, num_warps, num_stages)
 
 
 def builds() -> list[Build]:
-    """Every kernel at every head width: bf16 without a mask and with all of its rules, fp16 and fp32 without."""
+    """Every kernel at every head width in bf16, with all of a mask's rules too; fp16 and fp32 without a mask."""
     found = list[Build]()
-    for dtype in ("bf16", "fp16", "fp32"):
-        for width in WIDTHS:
-            for kernel in ("forward", "backward_keys", "backward_queries"):
-                for masked in (False, True) if dtype == "bf16" else (False,):
-                    targets = ((80, 90),) if dtype == "fp32" else ((80,), (90,))
-                    found += [_build(kernel, width, dtype, which, masked) for which in targets]
-            found.append(_build("prepare", width, dtype, (80, 90)))
-            if dtype != "fp32" and width <= 80:
-                found += [_build("forward_short", width, dtype, (90,), num_keys=keys) for keys in (64, 256)]
-                found += [_build("backward_short", width, dtype, (90,), num_keys=keys) for keys in (64, 256)]
+    for width in WIDTHS:
+        for kernel in ("forward", "backward_keys", "backward_queries"):
+            for target in TARGETS:
+                found += [_build(kernel, width, "bf16", (target,), masked) for masked in (False, True)]
+            found += [_build(kernel, width, "fp16", (90,)), *(_build(kernel, width, "fp32", (t,)) for t in TARGETS)]
+        found.append(_build("prepare", width, "bf16", TARGETS))
+        for kernel in ("forward_short", "backward_short") if width <= WIDEST_SHORT else ():
+            found += [_build(kernel, width, "bf16", (90,), num_keys=num_keys) for num_keys in (64, 256)]
     return found
 
 
@@ -615,7 +617,7 @@ def _build(
 ) -> Build:
     kernel, (head, tail) = globals()[name], parts(width)
     chosen = Tile({}, 4, 1) if name == "prepare" else tile(name, width, dtype, targets[-1], masked, num_keys)
-    descriptors = bool(chosen.constants.get("DESCRIPTORS"))
+    descriptors = bool(chosen.constants.get("DESCRIPTORS", name.endswith("short")))
     lists = ("lo", "hi", "seg", "noise", "num_full", "full", "num_partial", "partial")
     constants = {"GROUP": 1, "WIDTH": width, "HEAD": head, "TAIL": tail, "UNIT": 8, "BLOCK": 128, "MASK": 2 * masked,
                  "KEYS": keys_held(num_keys or SHORT), **chosen.constants, "DESCRIPTORS": descriptors,

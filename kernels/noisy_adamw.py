@@ -6,19 +6,19 @@ All shards of a step go in one launch, whatever their number. Noise is made in t
 because it is cheaper on a CPU; here it would save nothing that memory does not hide, and there is none.)
 
 Guarantee on the released bits: they are one function of key, element, std and gradient on every GPU and in the
-interpreter. `kernels.noise` takes NumPy's logarithm and tangent instead, which differ in float64's last bits: one
-release in about 2^34 falls on the other side of a boundary of its grid, 2^-16 std away; all others are the same bits.
+interpreter. `kernels.noise` takes NumPy's logarithm and tangent instead, which differ in float64's last bits: of 2^21
+noises 1 in 200 was another multiple of the grid's spacing, the next, and of releases, 2^28 spacings apart, 1 in about
+2^36 is then the next; all others have the CPU's bits.
 
 A gradient that is not finite was made by no sum of clipped terms, and noise would not hide it: its window, 1024 of the
 shard's elements, draws nothing and stays as it was, in all tensors. So that no device waits for its host, this is only
 told: whoever calls must look at what is returned before anything of the step is saved, shown or built upon, and give
 the step up where any of it is set.
 
-What a step takes of an H200, per element, as the machine code for sm_90 has it (arithmetic, not a measurement): 38
-bytes, and 237 instructions, of which 118 are ChaCha20's, 37 float64 and 38 the update itself. 114 are for the pipe that
-does logic and shifts, which takes 16 lanes a clock of each of 528 quarters of the chip: 229 clocks for 32 elements,
-where memory at the specification's 4.8 TB/s needs 234 at 1.755 GHz, and 264 at 1.98 GHz. The two balance, so that
-noise hides behind memory only while enough warps are there to keep both busy.
+What it takes per element, as the machine code for sm_90 has it (arithmetic, not a measurement): 38 bytes with a copy,
+and 237 instructions, 38 of them the update's, 118 ChaCha20's and 37 float64. 114 are for the pipe of logic and shifts,
+which takes half a warp a clock on each of an H200's 528 quarters: 229 clocks for 32 elements, where memory at 4.8 TB/s
+takes 235 at 1.755 GHz and 265 at 1.98 GHz. Noise hides behind memory only while enough warps keep both busy.
 """
 
 # N shards

@@ -154,7 +154,7 @@ class FlatClipper(Clipper):
         with self._sites(present_B) as sites:
             losses_B = losses(backend.norm_model)
             kept = self._first_outputs(sites) if backend.forward_once else {}
-            squared_B = self._squared_norms(sites, losses_B, kept, retain_graph=backend.forward_once)
+            squared_B = self._squared_norms(backend, sites, losses_B, kept)
             weights_B = _clip_weights(squared_B, self.bound, _counted(present_B, losses_B))
             if not backend.forward_once:
                 for site in sites.values():
@@ -163,7 +163,7 @@ class FlatClipper(Clipper):
             root = losses_B.sum()
             if kept:
                 _cut(root, kept.values())
-            weighted = _WeightedPass(weights_B, backend.loss_scale)
+            weighted = _WeightedPass(weights_B)
             with activate(weighted):
                 backend.backward(root)
             _require_reports(sites, weighted.visited)
@@ -178,16 +178,19 @@ class FlatClipper(Clipper):
         return {use: output for (use, output), size in zip(all_outputs, filled, strict=True) if size <= room}
 
     def _squared_norms(
-        self, sites: Mapping[str, Site], losses_B: Tensor, kept: Collection[Use], *, retain_graph: bool
+        self, backend: Backend, sites: Mapping[str, Site], losses_B: Tensor, kept: Collection[Use]
     ) -> Tensor:
         # two_pass is chosen for its memory, kept_gradients for its time
         reuse: Reuse = "later" if self.keep == 1 else "later_in_little"
         norms = _NormPass(self.layers, sites, kept, reuse)
         anchor = next(iter(sites.values())).anchor
         with activate(norms):
-            torch.autograd.grad(losses_B.sum(), anchor, retain_graph=retain_graph, allow_unused=True)
+            # Scaled as the second backward will be: a scale that is no power of two rounds the gradients otherwise,
+            # in bf16 by more than any allowance for rounding.
+            root = losses_B.sum() * backend.loss_scale
+            torch.autograd.grad(root, anchor, retain_graph=backend.forward_once, allow_unused=True)
         _require_reports(sites, norms.visited)
-        return norms.squared_norms()
+        return norms.squared_norms() / backend.loss_scale**2
 
 
 class GroupWiseClipper(Clipper):
@@ -286,16 +289,14 @@ class _NormPass(Pass):
 
 
 class _WeightedPass(Pass):
-    def __init__(self, weights_B: Tensor, loss_scale: float) -> None:
+    def __init__(self, weights_B: Tensor) -> None:
         self.visited = set[Use]()
         self._weights = RecordWeights(weights_B)
-        self._weights_of_kept = RecordWeights(weights_B * loss_scale)  # what was kept never met the scaled loss
 
     def visit(self, use: Use, gradients: Gradients) -> Mapping[str, Tensor]:
         self.visited.add(use)
-        weights = self._weights if use.kept is None else self._weights_of_kept
         use.kept = None
-        return {name: gradient.weighted_sum(weights) for name, gradient in gradients.items()}
+        return {name: gradient.weighted_sum(self._weights) for name, gradient in gradients.items()}
 
 
 class _GroupPass(Pass):

@@ -168,14 +168,14 @@ def test_output_and_gradients_are_the_twins(triton: None, dtype: torch.dtype, K:
 @pytest.mark.parametrize("N", LENGTHS)
 @pytest.mark.parametrize("K", WIDTHS)
 def test_output_and_gradients_are_the_twins_everywhere(triton: None, dtype: torch.dtype, K: int, N: int, heads: str):
-    assert_agrees(*inputs(2, *HEADS[heads], N, N, K, dtype))
+    assert_agrees(*inputs(1, *HEADS[heads], N, N, K, dtype))
 
 
 @pytest.mark.parametrize(("dtype", "capability"), [("fp32", 90), ("fp16", 80)])
 def test_the_other_tiles_are_right_too(triton: None, dtype: str, capability: int):
     with tiles_of(dtype, capability):
-        assert_agrees(*inputs(1, 2, 1, 70, 70, 72))
-        assert_agrees(*inputs(1, 1, 1, 70, 70, 64), masks_of(1, 70, 70))
+        assert_agrees(*inputs(1, 2, 1, 40, 40, 72))
+        assert_agrees(*inputs(1, 1, 1, 40, 40, 64), causal(1, 40))
 
 
 @pytest.mark.parametrize("kind", masks(140, 140))
@@ -193,10 +193,9 @@ def test_masks_of_more_keys_than_queries_are_the_twins(triton: None, kind: str):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("kind", masks(512, 512))
-@pytest.mark.parametrize("N", [256, 1000])
-@pytest.mark.parametrize("K", WIDTHS)
+@pytest.mark.parametrize(("K", "N"), [(64, 256), (72, 256), (72, 1000), (96, 256), (128, 256)])
 def test_masks_are_the_twins_everywhere(triton: None, dtype: torch.dtype, K: int, N: int, kind: str):
-    assert_agrees(*inputs(2, 4, 2, N, N, K, dtype), masks(N, N)[kind])
+    assert_agrees(*inputs(2, 2, 1, N, N, K, dtype), masks(N, N)[kind])
 
 
 def test_scale_is_obeyed(triton: None):
@@ -244,19 +243,16 @@ def test_diffusion_attention_is_not_causal(triton: None):
 # --- every element is written, whatever the layout -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("K", [32, 72])
-@pytest.mark.parametrize("kind", ["none", "unified"])
-def test_every_element_is_written(triton: None, monkeypatch: pytest.MonkeyPatch, K: int, kind: str):
-    empty = torch.empty
-    for N in (60, 260) if kind == "none" else (140,):
-        mask = None if kind == "none" else masks(N, N)[kind]
-        tensors = inputs(2, 1, 1, N, N, K, torch.float16)
-        expected = run(*tensors, mask)
-        with monkeypatch.context() as patch:
-            patch.setattr(torch, "empty", lambda *a, **kw: empty(*a, **kw).fill_(math.nan))
-            found = run(*tensors, mask)
-        for a, b in zip(found, expected, strict=True):
-            assert torch.equal(a, b)
+@pytest.mark.parametrize(
+    ("N", "kind"), [(60, "none"), (150, "none"), (260, "none"), (140, "unified"), (140, "nothing")]
+)
+def test_every_element_is_written(triton: None, monkeypatch: pytest.MonkeyPatch, N: int, kind: str):
+    mask, empty = None if kind == "none" else masks(N, N)[kind], torch.empty
+    tensors = inputs(2, 1, 1, N, N, 72, torch.float16)
+    expected = run(*tensors, mask)
+    monkeypatch.setattr(torch, "empty", lambda *a, **kw: empty(*a, **kw).fill_(math.nan))
+    for a, b in zip(run(*tensors, mask), expected, strict=True):
+        assert torch.equal(a, b)
 
 
 def layouts(x: Tensor) -> dict[str, Tensor]:

@@ -105,7 +105,7 @@ def test_norms_and_sums_equal_those_of_the_gradients_themselves(pack: str, dtype
 
 
 @pytest.mark.slow
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lengths=st.lists(st.integers(0, 300), min_size=1, max_size=4), D=st.integers(1, 300), P=st.integers(1, 300),
     ones=st.booleans(), dtype=st.sampled_from([torch.float32, torch.float16]), more=st.integers(0, 100),

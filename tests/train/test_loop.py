@@ -1,11 +1,13 @@
 """The training loop in one process, on a few invented images: what it resumes, and what it refuses."""
 
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
 
 from checkpointing.sharded import latest
+from kernels import dispatch
 from train.heartbeat import Heartbeat
 from train.loop import train
 from train.parallel import join_world
@@ -62,6 +64,21 @@ def test_activation_checkpointing_changes_nothing(run: RunFolder, tmp_path: Path
 def test_bf16_stays_near_fp32_and_keeps_fp32_weights(run: RunFolder, tmp_path: Path) -> None:
     full, half = pretrain(run), pretrain(again(run, tmp_path, "half"), "train.precision=bf16")
     assert 0 < furthest(full, half) < 2e-2
+
+
+def test_the_kernels_that_run_are_said_and_train_as_the_reference_does(
+    run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = (SMALL[0].replace("heads: 2", "heads: 1"), "train.batch_size=4", "train.microbatch_size=4", "train.steps=2")
+    reference = pretrain(run, *small)
+    assert "kernels: reference (on the CPU)" in capsys.readouterr().out
+    triton = "parallel={backend: single, nproc: 1, kernels: triton}"
+    try:
+        kernels = pretrain(again(run, tmp_path, "triton"), *small, triton)
+    finally:
+        dispatch.choose("auto", torch.device("cpu"))
+    assert f"kernels: triton {version('triton')} on the interpreter" in capsys.readouterr().out
+    assert 0 < furthest(reference, kernels) < 1e-5
 
 
 def test_a_half_done_stage_is_not_resumed_under_another_configuration(run: RunFolder) -> None:
