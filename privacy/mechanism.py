@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kernels.noisy_adamw import Noise
 from privacy.accounting import EpsilonCurve, Spent, calibrate_noise, epsilon, max_steps
 from privacy.ledger import Charge, Ledger, LedgerError
 from privacy.noise import BandedNoise, GaussianNoise, rounding_sensitivity
@@ -117,6 +118,35 @@ class OwnedShard(Protocol):
     def name(self) -> str: ...
     @property
     def offset(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Release:
+    """What each owned shard of one attempt's clipped, reduced sum gets: its noise, and the fixed divisor."""
+
+    charge: Charge
+    std: float
+    divisor: int
+    _noise: GaussianNoise | BandedNoise
+
+    def __call__(self, shard: OwnedShard, gradient: Tensor) -> None:
+        """Both, in place, on the CPU, wherever the shard lies."""
+        self._noise.add_(
+            gradient,
+            name=shard.name,
+            offset=shard.offset,
+            step=self.charge.step,
+            attempt=self.charge.attempt,
+            std=self.std,
+        )
+        gradient.div_(self.divisor)
+
+    def for_kernels(self, shards: Sequence[OwnedShard]) -> Noise | None:
+        """The same noise for `kernels.noisy_adamw`, or None: what has a history, or is Philox, is made on the CPU."""
+        if isinstance(self._noise, BandedNoise):
+            return None
+        places = [(shard.name, shard.offset) for shard in shards]
+        return self._noise.for_kernels(places, step=self.charge.step, attempt=self.charge.attempt, std=self.std)
 
 
 class Mechanism:
@@ -241,21 +271,14 @@ class Mechanism:
         return self._users.draw(units, charge.step, charge.attempt)
 
     def privatise(self, charge: Charge, num_elements: int) -> Callable[[OwnedShard, Tensor], None]:
-        """What each owned shard of the clipped, reduced sum gets: this attempt's noise and the fixed divisor.
+        """A `Release`: what each owned shard of the clipped, reduced sum gets.
 
         num_elements: of the whole sum; rounding it to the noise's grid adds to its sensitivity.
         """
         terms = self.terms
         std = self.gradient_multiplier * terms.max_grad_norm
         std += self.gradient_multiplier * rounding_sensitivity(num_elements, 2 * std, terms.bands)
-
-        def add_noise(shard: OwnedShard, gradient: Tensor) -> None:
-            self._gradient_noise.add_(
-                gradient, name=shard.name, offset=shard.offset, step=charge.step, attempt=charge.attempt, std=std
-            )
-            gradient.div_(terms.expected_batch_size)
-
-        return add_noise
+        return Release(charge, std, terms.expected_batch_size, self._gradient_noise)
 
     def clip_losses(self, losses_B: Tensor, present_B: Tensor) -> Tensor:
         """Sum of the present units' losses, each clipped to [0, loss_bound]; what is not finite counts as zero.

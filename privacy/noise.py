@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,15 +27,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels.noise import KEYSTREAMS, visit_gaussian
+from kernels.noisy_adamw import Noise
+from kernels.release import GRID_BITS, RELEASED_BITS, grid_spacing, release_
 
-GRID_BITS = 44  # the grid the sum is formed on lies this far below the noise
-RELEASED_BITS = 16  # and the grid it is released on, this far
-_COARSENING = 2.0 ** (GRID_BITS - RELEASED_BITS)
-
-
-def grid_spacing(std: float) -> float:
-    """The largest power of two that is at most std * 2^-GRID_BITS."""
-    return math.ldexp(0.5, math.frexp(std)[1] - GRID_BITS)
+__all__ = [
+    "GRID_BITS",
+    "RELEASED_BITS",
+    "BandedNoise",
+    "GaussianNoise",
+    "banded_coefficients",
+    "grid_spacing",
+    "rounding_sensitivity",
+]
 
 
 def rounding_sensitivity(num_elements: int, std: float, bands: int = 1) -> float:
@@ -76,7 +79,7 @@ class GaussianNoise:
             noise = normals
             noise *= std / spacing
             np.rint(noise, out=noise)
-            _release_(values[start : start + len(noise)], noise, spacing)
+            release_(values[start : start + len(noise)], noise, spacing)
 
         self.visit(add, name=name, offset=offset, length=shard.numel(), step=step, attempt=attempt)
         _put_back(shard, values)
@@ -92,9 +95,18 @@ class GaussianNoise:
         attempt: int,
     ) -> None:
         """Hand this draw's standard normals to `visit`, as `kernels.noise.visit_gaussian` does."""
+        visit_gaussian(self._key(name, step, attempt), offset, length, visit, self.generator)
+
+    def for_kernels(self, shards: Sequence[tuple[str, int]], *, step: int, attempt: int, std: float) -> Noise | None:
+        """What `add_` would add to shards of these names and offsets, for `kernels.noisy_adamw`; None under Philox."""
+        if self.generator != "chacha20":
+            return None
+        keys = [self._key(name, step, attempt) for name, _ in shards]
+        return Noise(std, keys, [offset for _, offset in shards])
+
+    def _key(self, name: str, step: int, attempt: int) -> bytes:
         label = "\x1f".join(("noise", self._stage, str(step), str(attempt), name))
-        key = hmac.new(self._secret, label.encode(), hashlib.sha256).digest()
-        visit_gaussian(key, offset, length, visit, self.generator)
+        return hmac.new(self._secret, label.encode(), hashlib.sha256).digest()
 
 
 def banded_coefficients(bands: int) -> list[float]:
@@ -177,7 +189,7 @@ class BandedNoise:
             noise -= np.rint(correction)
             if rows:
                 past[rows[-1]] = noise  # in the oldest one's place, which was read for the last time
-            _release_(values[start : start + len(noise)], noise, spacing)
+            release_(values[start : start + len(noise)], noise, spacing)
 
         self._noise.visit(add, name=name, offset=offset, length=shard.numel(), step=step, attempt=attempt)
         history.next_step = step + 1
@@ -217,15 +229,3 @@ def _check_succession(history: _History, shard: Tensor, name: str, step: int, st
             f"banded noise on {name} was on {length} elements with standard deviation {history.std} and is now on "
             f"{shard.numel()} with {std}: begin a new segment with a new BandedNoise"
         )
-
-
-def _release_(values: NDArray[np.floating], noise: NDArray[np.float64], spacing: float) -> None:
-    """values <- values + noise * spacing by way of the grid; `noise` is whole. Powers of two scale exactly."""
-    total = values.astype(np.float64)
-    total *= 1.0 / spacing
-    np.rint(total, out=total)
-    total += noise
-    total *= 1.0 / _COARSENING
-    np.rint(total, out=total)
-    total *= _COARSENING * spacing
-    values[:] = total

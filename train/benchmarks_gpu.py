@@ -99,6 +99,7 @@ class Contest:
             Row(name=f"{name}.flops", value=self.flops / 1e9, unit="GFLOP"),
             Row(name=f"{name}.bytes", value=self.num_bytes / 1e6, unit="MB"),
             Row(name=f"{name}.roofline", value=times and 1e6 * self.floor_s(times.rates), unit="us at measured rates"),
+            Row(name=f"{name}.of_roofline", value=times and self._of_roofline(times), unit="%"),
         ]
         for contestant in self.contestants:
             seconds = times.of.get(contestant, ()) if times else ()
@@ -112,6 +113,9 @@ class Contest:
             met = None if value is None else value <= goal.target if goal.at_most else value >= goal.target
             rows.append(Row(name=f"{name}.{goal.name}", value=value, unit=goal.unit, target=goal.target, ok=met))
         return rows
+
+    def _of_roofline(self, times: Times) -> float | None:
+        return _over(100 * self.floor_s(times.rates), times.median())
 
     def floor_s(self, rates: Rates) -> float:
         """The longer of the times that its arithmetic and its memory traffic take at these rates."""

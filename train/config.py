@@ -16,7 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from kernels.dispatch import Choice
 from models.dit import DiTConfig
-from privacy.pii.filter import Policy
+from privacy.pii.duplicates import DuplicatesConfig
+from privacy.pii.policy import Policy
 from train.sources import SourceConfig
 
 Positive = Annotated[int, Field(gt=0)]
@@ -36,6 +37,8 @@ OPERATIONAL = (
     "privacy.key_file",
     "privacy.charge_ahead",
     "expected_records",
+    "executor",
+    "key_file",
 )
 
 
@@ -247,13 +250,26 @@ class IngestStage(StageConfig):
     seed: Natural = 0
 
 
+class Executor(Section):
+    """Where a filter stage's tasks run, a shard each; what they write is the same everywhere."""
+
+    kind: Literal["local", "slurm", "ray"] = "local"
+    workers: Positive | None = None  # tasks at a time; null: one a core, or what the cluster gives
+
+
 class FilterStage(StageConfig):
-    """Personal data out of the captions and metadata out of the images, record by record."""
+    """Personal data out of captions and images, metadata out of the images, record by record; then duplicates."""
 
     kind = "filter"
     stage: Literal["filter"]
     data_from: StageName
     policy: Policy
+    duplicates: DuplicatesConfig | None = None  # null: every record is kept, however often it comes
+    max_quarantine_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05  # more of all records stop the stage
+    key_file: str | None = (
+        None  # for pseudonyms; null: secret.key in the run folder, or the environment's SFUMATO_SECRET
+    )
+    executor: Executor = Executor()
 
 
 class TrainStage(StageConfig):

@@ -21,7 +21,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+from kernels.dispatch import use_triton
+from kernels.noisy_adamw import add_noise_
+from privacy.mechanism import Release
 from train.config import Optim, Parallel
+from train.optim import ExponentialMovingAverage, step_in_one_pass
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,7 @@ class Backend:
 
     forward_once = True  # one forward serves several backwards
     loss_scale = 1.0  # what `backward` multiplies gradients by, and a later division undoes
+    steps_by_itself = False  # the engine calls AdamW, on tensors of its own
 
     def __init__(self, module: nn.Module, world: World, optim: Optim, max_grad_norm: float | None) -> None:
         self.module, self.world, self.max_grad_norm = module, world, max_grad_norm
@@ -127,6 +132,7 @@ class Backend:
         self.before_update: Callable[[], None] | None = None  # called before anything of the state changes
         self.before_backward: Callable[[], None] | None = None  # called before ranks wait for each other's gradients
         self._transform: Transform | None = None
+        self._refused: list[tuple[list[Shard], Tensor]] = []  # what kernels would not release; not looked at yet
         self._updated = False
         self._wrap(partial(_adamw, optim))
         self.optimizer.register_step_pre_hook(self._before_adamw)
@@ -160,15 +166,23 @@ class Backend:
     def _backward(self, loss: Tensor) -> None:
         loss.backward()
 
-    def _step(self) -> None:
+    def _clip(self) -> None:
         if self.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(self.module.parameters(), self.max_grad_norm)
+
+    def _step(self) -> None:
+        self._clip()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
     # What all backends share.
-    def update(self, learning_rate: float, transform: Transform | None = None) -> None:
-        """One AdamW step on the accumulated gradients. `transform(shard, gradient)` may first change each in place.
+    def update(
+        self, learning_rate: float, transform: Transform | None = None, average: ExponentialMovingAverage | None = None
+    ) -> None:
+        """One AdamW step on the accumulated gradients, and one of the average with the new weights.
+
+        `transform(shard, gradient)` may first change each gradient in place. Where kernels run, a `Release`, AdamW and
+        the average are one pass over memory; then `check_released` must follow before the step is built upon.
 
         Guarantee: no parameter and no state of AdamW changes before `before_update` has returned, nor where it raises.
         """
@@ -176,6 +190,14 @@ class Backend:
             self.before_update()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
+        if average is not None and self._takes_one_pass(transform):
+            assert transform is None or isinstance(transform, Release)
+            self._clip()
+            self.num_updates += 1
+            refused = step_in_one_pass(self.optimizer, self.shards, self.num_updates, transform, average)
+            if transform is not None:
+                self._refused.append((self.shards, refused))
+            return
         self._transform, self._updated = transform, False
         try:
             self._step()
@@ -184,16 +206,47 @@ class Backend:
         if not self._updated:
             raise RuntimeError("the engine skipped the step, as DeepSpeed does where a gradient is not finite")
         self.num_updates += 1
+        if average is not None:
+            average.update(self.num_updates)
+
+    def check_released(self, step: int) -> None:
+        """Raise ValueError where a kernel met a sum that is not finite: the step must then be given up.
+
+        The host's path raises by itself, before anything changes. A kernel only tells, and this waits for it.
+        """
+        refused, self._refused = self._refused, []
+        for shards, flags in refused:
+            for shard, flag in zip(shards, flags.tolist(), strict=True):
+                if flag:
+                    raise ValueError(
+                        f"the sum of {shard.name} at step {step} is not finite, which clipped terms cannot make it: it "
+                        "was not released; look for an overflow after clipping"
+                    )
+
+    def _takes_one_pass(self, transform: Transform | None) -> bool:
+        if self.steps_by_itself or not self.shards or not use_triton(self.shards[0].value):
+            return False
+        return transform is None or (isinstance(transform, Release) and transform.for_kernels(()) is not None)
 
     def _before_adamw(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._updated = True
         if self._transform is None:
             return
         stepped = {id(holder) for group in optimizer.param_groups for holder in group["params"]}
+        shards, gradients = list[Shard](), list[Tensor]()
         for shard in self.shards:
             if id(shard.holder) in stepped:
                 assert shard.holder.grad is not None, f"{shard.name} reached the optimizer without a gradient"
-                self._transform(shard, shard.of(shard.holder.grad))
+                shards.append(shard)
+                gradients.append(shard.of(shard.holder.grad))
+        on_kernels = bool(gradients) and isinstance(self._transform, Release) and use_triton(gradients[0])
+        noise = self._transform.for_kernels(shards) if on_kernels else None  # type: ignore[union-attr]
+        if noise is not None:
+            self._refused.append((shards, add_noise_(gradients, noise)))
+            torch._foreach_div_(gradients, float(self._transform.divisor))  # type: ignore[union-attr]
+            return
+        for shard, gradient in zip(shards, gradients, strict=True):
+            self._transform(shard, gradient)
 
     @property
     def num_elements(self) -> int:
@@ -293,6 +346,8 @@ class FullySharded(Backend):
 
 class Zero(Backend):
     """DeepSpeed ZeRO 1 to 3. Its own clipping, loss scaling and overflow skips are off; its average is undone."""
+
+    steps_by_itself = True
 
     def __init__(self, *args: Any, stage: int, microbatch_size: int) -> None:
         self.stage, self.microbatch_size = stage, microbatch_size

@@ -136,8 +136,7 @@ class PublicStep:
         of_rank = float(loss)
         loss = float(world.sum(loss))
         self.health.judge_loss(step, loss, of_rank)  # before it reaches a weight
-        self.backend.update(learning_rate(self.stage.optim, step, self.stage.train.steps))
-        self.average.update(step + 1)
+        self.backend.update(learning_rate(self.stage.optim, step, self.stage.train.steps), average=self.average)
         return StepReport(loss, size)
 
 
@@ -168,9 +167,10 @@ class PrivateStep:
         self.backend.update(  # noise on each owned shard, once an element, after reduction
             learning_rate(self.stage.optim, step, self.stage.train.steps),
             mechanism.privatise(charge, self.backend.num_elements),
+            self.average,
         )
+        self.backend.check_released(step)
         failpoint("noise.added", step=step)
-        self.average.update(step + 1)
         if isinstance(self.clipper, GroupWiseClipper) and self.clipper.quantile is not None:
             counts = mechanism.release_counts(world.sum(self.clipper.take_counts()), charge)
             self.clipper.adapt(counts, mechanism.terms.expected_batch_size)
