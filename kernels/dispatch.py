@@ -59,10 +59,14 @@ def use_triton(x: Tensor) -> bool:
     return x.device.type == "cuda" and _obstacle("cuda") is None
 
 
-@torch.compiler.assume_constant_result  # asked while tracing: torch.compile cannot trace what it reads
 def _obstacle(device_type: str) -> str | None:
     """Why kernels cannot run on such a device; None where they can."""
     return _find_obstacle(device_type)
+
+
+# Asked while tracing: torch.compile cannot trace what it reads. `torch.compiler.assume_constant_result` sets this too,
+# and imports torch._dynamo to do so, which takes every process a second.
+_obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

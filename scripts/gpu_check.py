@@ -52,8 +52,7 @@ def main() -> int:
 
 def _test(out: Path) -> bool:
     """Whether every GPU test passes; what became of each goes to tests.json."""
-    # files without GPU tests are left out whole: they import what may not be installed here
-    files = [path for path in sorted((ROOT / "tests/kernels").glob("test_*.py")) if "mark.gpu" in path.read_text()]
+    files = files_with_gpu_tests()
     report = out / "tests.xml"
     report.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "-m", "gpu", f"--junitxml={report}", *map(str, files)]
@@ -73,6 +72,12 @@ def _test(out: Path) -> bool:
     summary = {"passed": passed, "said": said, "seconds": time.monotonic() - start, "tests": tests}
     (out / "tests.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     return passed
+
+
+def files_with_gpu_tests() -> list[Path]:
+    """The others are left out whole: they import what may not be installed here."""
+    paths = sorted((ROOT / "tests/kernels").glob("test_*.py"))
+    return [path for path in paths if "mark.gpu" in path.read_text(encoding="utf-8")]
 
 
 def _outcomes(report: Path) -> list[dict[str, Any]]:

@@ -216,7 +216,7 @@ def _count_parameters(model: DiTModel) -> tuple[int, int]:
     """Parameters of the largest block, and of all."""
     import torch
 
-    from models import MODELS
+    from models.registry import MODELS
 
     with torch.device("meta"):
         built = MODELS[model.name](model)

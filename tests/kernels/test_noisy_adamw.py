@@ -35,7 +35,6 @@ from kernels.noisy_adamw_triton import TILE, builds, chacha20, cosine_and_sine, 
 from kernels.release import COARSENING, GRID_BITS, RELEASED_BITS, grid_spacing, release_
 from kernels.tiles import Tile, trial
 from privacy import noise as of_privacy
-from train.optim import ExponentialMovingAverage
 
 KEY = bytes(range(32))
 HYPER: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1, "ema_decay": 0.999}
@@ -384,6 +383,8 @@ def test_the_update_is_the_twins_in_float64(step: int, ema_decay: float, weight_
 
 
 def test_ten_updates_are_torchs_adamw_and_train_optims_average() -> None:
+    from train.optim import ExponentialMovingAverage  # here: a GPU machine may lack what `train` stands on
+
     state, lengths = State([4_100, 7]), (4_100, 7)
     parameters = [torch.nn.Parameter(p.clone()) for p in state.parameters]
     optimizer = torch.optim.AdamW(parameters, **{k: v for k, v in HYPER.items() if k != "ema_decay"})

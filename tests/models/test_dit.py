@@ -11,8 +11,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernels.per_record import PerRecordModule
-from models import CONFIGS, MODELS
 from models.dit import SIZES, DiT, DiTConfig
+from models.registry import CONFIGS, MODELS
 
 SMALL = DiTConfig(width=32, depth=2, heads=4, image_size=8, channels=3, num_classes=10)
 

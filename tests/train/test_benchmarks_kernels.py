@@ -216,6 +216,7 @@ def test_rivals_run_in_turn_over_buffers_beyond_the_cache() -> None:
     p20, p50, p80 = (rows[f"kernels.op.ours.p{percentile}"]["value"] for percentile in (20, 50, 80))
     assert 1000 <= p20 <= p50 <= p80  # type: ignore[operator]
     assert rows["kernels.op.roofline"]["value"] == pytest.approx(10)  # 1e9 FLOP at 1e14 FLOP/s, in us
+    assert rows["kernels.op.of_roofline"]["value"] == pytest.approx(100 * 10 / p50)  # type: ignore[operator]
     assert set(rows) == {row["name"] for row in not_measured([contest])}
 
 
