@@ -53,7 +53,8 @@ def attention_with_lse(
     No gradient flows through the logarithms.
     """
     if use_triton(q_BHNK):
-        return _by_kernels(q_BHNK, k_BGMK, v_BGMK, mask, scale)
+        out_BHNK, lse2_BHN = _by_kernels(q_BHNK, k_BGMK, v_BGMK, mask, scale)
+        return out_BHNK, lse2_BHN.detach() * math.log(2)
     scale = _scale(q_BHNK, scale)
     with torch.no_grad():
         k_BHMK = k_BGMK.repeat_interleave(q_BHNK.shape[1] // k_BGMK.shape[1], dim=1)
@@ -163,7 +164,7 @@ def _check(q_BHNK: Tensor, k_BGMK: Tensor, v_BGMK: Tensor, mask: AttentionMask |
 def _attention(
     q_BHNK: Tensor, k_BGMK: Tensor, v_BGMK: Tensor, mask: list[Tensor], scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Returns out and lse."""
+    """Returns out and, to base 2, lse: a change of base there and back would move a row's weights by 1e-6 together."""
     from kernels import attention_triton as kernels
 
     out_BHNK, lse_BHN = _outputs(q_BHNK, k_BGMK, v_BGMK, mask, scale)

@@ -25,9 +25,10 @@ BLOCK = 128  # queries and keys of a block; the kernels' tiles divide it
 class AttentionMask:
     """A batch's mask, made by `attention_mask` or one of the constructors below it; every tensor is contiguous int32.
 
-    Guarantee: a block in no list has no visible pair; in a full block every query sees all BLOCK keys; a partial one
-    has pairs of both kinds, or reaches past the last key. Lists ascend; what stands behind their count is some block's
-    number. The `_BI` lists give the key blocks of a query block, the `_BJ` lists the query blocks of a key block.
+    Guarantee: a block in no list has no visible pair; in a full block every query sees all BLOCK keys, but for those
+    without bounds (lo >= hi), which see nothing; any other is partial. Lists ascend; what stands behind their count is
+    some block's number. The `_BI` lists give the key blocks of a query block, the `_BJ` lists the query blocks of a key
+    block.
     """
 
     lo_BN: Tensor
@@ -93,10 +94,12 @@ def attention_mask(
     num_queries = lo_BN.shape[1]
     visible_BNJ = _count_visible(lo_BN, hi_BN, seg_BN, noise_BM, num_keys)
     rows, padding = (-(-num_queries // BLOCK), BLOCK), (0, 0, 0, -num_queries % BLOCK)
-    # queries past the last speak neither for nor against a block
-    least_BIJ = F.pad(visible_BNJ, padding, value=BLOCK).unflatten(1, rows).amin(2)
+    # Queries past the last, and those without bounds, speak neither for nor against a block: padding must not change
+    # the kind of a block, and with it the order of sums.
+    least_BNJ = visible_BNJ.masked_fill((lo_BN >= hi_BN)[..., None], BLOCK)
+    least_BIJ = F.pad(least_BNJ, padding, value=BLOCK).unflatten(1, rows).amin(2)
     most_BIJ = F.pad(visible_BNJ, padding, value=0).unflatten(1, rows).amax(2)
-    full_BIJ = least_BIJ == BLOCK
+    full_BIJ = (least_BIJ == BLOCK) & (most_BIJ > 0)
     partial_BIJ = (most_BIJ > 0) & ~full_BIJ
     return AttentionMask(
         lo_BN.contiguous(),

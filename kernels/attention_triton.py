@@ -103,7 +103,7 @@ def forward(
     GROUP: tl.constexpr, WIDTH: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, UNIT: tl.constexpr,
     BLOCK: tl.constexpr, MASK: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """out (B, H, N, K) and lse (B, H, N) of a tile of queries.
+    """out (B, H, N, K) and lse (B, H, N), a logarithm to base 2, of a tile of queries.
 
     GROUP query heads share a key head. Strides count UNIT elements. MASK: 0 none, 1 lo and hi, 2 with the noise rule.
     """
@@ -192,7 +192,7 @@ def forward(
     if MASK:  # a block may be listed as full over the heads of rows that see nothing: padding between documents
         empty = empty | (low >= high)
     share = tl.where(empty, 0.0, 1.0 / tl.where(empty, 1.0, total))
-    logs = tl.where(empty, -INFINITY, top * scale + tl.log(tl.where(empty, 1.0, total)))
+    logs = tl.where(empty, -INFINITY, top * scale2 + tl.log2(tl.where(empty, 1.0, total)))
     queries = tl.arange(0, QUERIES)
     tl.store(lse + first_query + queries, logs, mask=queries < N - first_query)
     _store(out, out_n * UNIT, first_query, N, sums * share[:, None], 0, WIDTH)
@@ -235,7 +235,7 @@ def forward_short(
         weights = tl.exp2(scores * scale2 - (top * scale2)[:, None])
         total = tl.sum(weights, 1)
         queries = tl.arange(0, QUERIES)
-        tl.store(lse + first_query + queries, top * scale + tl.log(total), mask=queries < N - first_query)
+        tl.store(lse + first_query + queries, top * scale2 + tl.log2(total), mask=queries < N - first_query)
         weights = weights.to(value.dtype)
         sums = tl.dot(weights, value, input_precision="ieee")
         _store(out, out_n * UNIT, first_query, N, sums / total[:, None], 0, WIDTH)
@@ -250,7 +250,7 @@ def prepare(
     WIDTH: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """What the backward wants of each row: its lse in base 2, and the sum over K of out * dout.
+    """What the backward wants of each row: its lse, and the sum over K of out * dout.
 
     logs and centre are (B, H, I * BLOCK), so that no loop has to ask where the rows end: past N, and in empty rows,
     logs is +inf, under which every weight is 0.
@@ -261,7 +261,7 @@ def prepare(
     record64, head64 = tile // num_tiles // H, tile // num_tiles % H
     rows = tl.arange(0, BLOCK)
     value = tl.load(lse + tile // num_tiles * N + first_query + rows, mask=rows < N - first_query, other=-INFINITY)
-    tl.store(logs + tile * BLOCK + rows, tl.where(value == -INFINITY, INFINITY, value * LOG2E))
+    tl.store(logs + tile * BLOCK + rows, tl.where(value == -INFINITY, INFINITY, value))
     out += (record64 * out_b + head64 * out_h) * UNIT
     dout += (record64 * dout_b + head64 * dout_h) * UNIT
     total = _tile_centre(out, out_n * UNIT, dout, dout_n * UNIT, first_query, N, BLOCK, 0, HEAD, WIDTH)

@@ -21,16 +21,18 @@ from kernels.attention_mask import (
 SIZES = st.one_of(st.integers(1, 40), st.sampled_from([127, 128, 129, 255, 256, 300, 384, 515]))
 
 
-def dense_blocks(visible_BNM: Tensor) -> tuple[Tensor, Tensor]:
-    """Which blocks are full and which partial, (B, I, J), looked up pair by pair."""
+def dense_blocks(mask: AttentionMask) -> tuple[Tensor, Tensor]:
+    """Which blocks are full and which partial, (B, I, J), looked up pair by pair; queries without bounds aside."""
+    visible_BNM, bounded_BN = mask.visible_BNM(), mask.lo_BN < mask.hi_BN
     num_records, num_queries, num_keys = visible_BNM.shape
     shape = (num_records, -(-num_queries // BLOCK), -(-num_keys // BLOCK))
     full_BIJ, partial_BIJ = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
     for b in range(shape[0]):
         for i in range(shape[1]):
             for j in range(shape[2]):
-                block = visible_BNM[b, i * BLOCK : (i + 1) * BLOCK, j * BLOCK : (j + 1) * BLOCK]
-                full_BIJ[b, i, j] = block.all() and block.shape[1] == BLOCK
+                rows = slice(i * BLOCK, (i + 1) * BLOCK)
+                block = visible_BNM[b, rows, j * BLOCK : (j + 1) * BLOCK][bounded_BN[b, rows]]
+                full_BIJ[b, i, j] = len(block) and block.all() and block.shape[1] == BLOCK
                 partial_BIJ[b, i, j] = block.any() and not full_BIJ[b, i, j]
     return full_BIJ, partial_BIJ
 
@@ -47,7 +49,7 @@ def assert_lists(num_BI: Tensor, listed_BIJ: Tensor, blocks_BIJ: Tensor) -> None
 
 
 def assert_exact(mask: AttentionMask) -> None:
-    full_BIJ, partial_BIJ = dense_blocks(mask.visible_BNM())
+    full_BIJ, partial_BIJ = dense_blocks(mask)
     assert_lists(mask.num_full_BI, mask.full_BIJ, full_BIJ)
     assert_lists(mask.num_partial_BI, mask.partial_BIJ, partial_BIJ)
     assert_lists(mask.num_full_BJ, mask.full_BJI, full_BIJ.mT)
@@ -85,7 +87,7 @@ def test_the_lists_hold_exactly_the_blocks_that_the_whole_mask_has(case) -> None
 def test_visited_pairs_counts_the_pairs_of_the_blocks_that_hold_any(case) -> None:
     lo_BN, hi_BN, seg_BN, noise_BM, num_keys = case
     mask = attention_mask(lo_BN, hi_BN, seg_BN, noise_BM, num_keys=num_keys)
-    full_BIJ, partial_BIJ = dense_blocks(mask.visible_BNM())
+    full_BIJ, partial_BIJ = dense_blocks(mask)
     expected = 0
     for _, i, j in (full_BIJ | partial_BIJ).nonzero().tolist():
         expected += min(BLOCK, mask.num_queries - i * BLOCK) * min(BLOCK, mask.num_keys - j * BLOCK)
@@ -177,6 +179,14 @@ def test_large_noised_images_leave_out_blocks_after_them() -> None:
     partial = [mask.partial_BIJ[0, i, : mask.num_partial_BI[0, i]].tolist() for i in range(7)]
     assert full == [[], [0, 1, 2], [0, 1, 2], [0], [0, 3, 4, 5], [0, 3, 4, 5], [0, 3, 4, 5]]
     assert partial == [[0], [], [], [3], [], [], [6]]
+
+
+def test_queries_that_see_nothing_leave_a_full_block_full() -> None:
+    hi = torch.full((1, 2 * BLOCK), 2 * BLOCK, dtype=torch.int32)
+    hi[0, 100:140] = 0
+    mask = attention_mask(torch.zeros_like(hi), hi)
+    assert mask.num_full_BI.tolist() == [[2, 2]] and mask.num_partial_BI.tolist() == [[0, 0]]
+    assert_exact(mask)
 
 
 def test_one_hidden_key_makes_a_block_partial_and_one_visible_pair_makes_it_listed() -> None:
