@@ -266,9 +266,7 @@ class FilterStage(StageConfig):
     policy: Policy
     duplicates: DuplicatesConfig | None = None  # null: every record is kept, however often it comes
     max_quarantine_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05  # more of all records stop the stage
-    key_file: str | None = (
-        None  # for pseudonyms; null: secret.key in the run folder, or the environment's SFUMATO_SECRET
-    )
+    key_file: str | None = None  # of pseudonyms; null: secret.key in the run folder, or SFUMATO_SECRET
     executor: Executor = Executor()
 
 

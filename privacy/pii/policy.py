@@ -1,0 +1,202 @@
+"""What to do with personal data: which detectors look, what becomes of each entity, and how sure they have to be.
+
+detectors: [patterns, names, faces]              # two detectors of one entity: what either finds
+captions: {email: pseudonymise, person: redact}  # an entity that is not named is filled
+images: {face: blur}
+thresholds: {person: {certain: 0.7, possible: 0.4}}
+uncertain: drop
+box_margin: 0.1
+pseudonyms: {key_id: 0123456789abcdef}
+names: {model: FOLDER, digest: "..."}
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from privacy.pii import patterns
+
+# fill: with the entity's name, [EMAIL], or a flat colour. redact: cut out. pseudonymise: with a name that only the
+# key's holder can tie to the value, the same wherever the value stands. drop, quarantine: the record. keep: as it is.
+CaptionAction = Literal["fill", "redact", "pseudonymise", "drop", "quarantine", "keep"]
+ImageAction = Literal["fill", "blur", "drop", "quarantine", "keep"]
+# act: as though it were certain. keep: as though it had not been found.
+UncertainAction = Literal["drop", "quarantine", "act", "keep"]
+
+Score = Annotated[float, Field(ge=0, le=1)]
+
+# What each detector can find; None where that is known only once it is open.
+TEXT_DETECTORS: Mapping[str, tuple[str, ...] | None] = MappingProxyType({
+    "patterns": patterns.ENTITIES, "names": ("person", "address"), "presidio": None, "gliner": None,
+})  # fmt: skip
+_IN_TEXT = tuple(dict.fromkeys(entity for found in TEXT_DETECTORS.values() for entity in found or ()))
+IMAGE_DETECTORS: Mapping[str, tuple[str, ...] | None] = MappingProxyType({
+    "faces_fast": ("face",), "faces": ("face",), "image_text": _IN_TEXT,
+})  # fmt: skip
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Threshold(_Section):
+    """A finding whose score is `certain` or more is acted on; below that, and not below `possible`, it is uncertain.
+
+    What scores less than `possible` is ignored. By default nothing is that a detector reports.
+    """
+
+    certain: Score = 0.5
+    possible: Score = 0.0
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.possible > self.certain:
+            raise ValueError(
+                f"possible is {self.possible:g}, above certain {self.certain:g}: lower possible, or make them equal "
+                "for no uncertain band"
+            )
+        return self
+
+
+class NamesModel(_Section):
+    """A tuned model of the detector `names`: its folder, and the digest that its contents must have."""
+
+    model: str
+    digest: str
+
+
+class Pseudonymisation(_Section):
+    """The key that pseudonyms must be made with; another one is refused, for it would name everyone anew."""
+
+    key_id: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+
+
+class Policy(_Section):
+    """What happens to the personal data of captions and images.
+
+    Refused, before the first record is read: a detector that does not exist, an action or threshold for an entity that
+    none of the named detectors finds.
+    """
+
+    detectors: tuple[str, ...] = ("patterns",)
+    captions: dict[str, CaptionAction] = {}
+    images: dict[str, ImageAction] = {}
+    thresholds: dict[str, Threshold] = {}
+    uncertain: UncertainAction = "drop"
+    box_margin: Annotated[float, Field(ge=0, le=2)] = 0.1  # of a box's longer side, added on each side
+    max_caption_length: Annotated[int, Field(gt=0)] = 100_000  # characters; a longer caption is quarantined unread
+    pseudonyms: Pseudonymisation | None = None  # null: any key, whose id goes to the manifest
+    names: NamesModel | None = None  # null: the model that comes as a package
+
+    @model_validator(mode="after")
+    def _detectors_exist(self) -> Self:
+        known = (*TEXT_DETECTORS, *IMAGE_DETECTORS)
+        for name in self.detectors:
+            if name not in known:
+                raise ValueError(f"no detector is named {name!r}{_nearest(name, known)}: choose of {', '.join(known)}")
+            if self.detectors.count(name) > 1:
+                raise ValueError(f"detectors names {name!r} twice: once is enough")
+        if self.names is not None and "names" not in self.detectors:
+            raise ValueError(
+                "names describes a detector that detectors does not list: add names there, or leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _entities_have_detectors(self) -> Self:
+        texts, images = self._entities(TEXT_DETECTORS), self._entities(IMAGE_DETECTORS)
+        both = None if texts is None or images is None else (*texts, *images)
+        for key, named, found in (
+            ("captions", self.captions, texts),
+            ("images", self.images, images),
+            ("thresholds", self.thresholds, both),
+        ):
+            for entity in named:
+                if found is not None and entity not in found:
+                    raise ValueError(f"{key}: {_unfindable(entity, found, self.detectors)}")
+        return self
+
+    @property
+    def text_detectors(self) -> tuple[str, ...]:
+        """Those of `detectors` that read captions."""
+        return tuple(name for name in self.detectors if name in TEXT_DETECTORS)
+
+    @property
+    def image_detectors(self) -> tuple[str, ...]:
+        """Those of `detectors` that look at pixels; without one, no image is decoded."""
+        return tuple(name for name in self.detectors if name in IMAGE_DETECTORS)
+
+    @property
+    def pseudonymises(self) -> bool:
+        """Whether a key is needed."""
+        return "pseudonymise" in self.captions.values()
+
+    def action(self, entity: str) -> CaptionAction:
+        """What happens to `entity` in a caption."""
+        return self.captions.get(entity, "fill")
+
+    def image_action(self, entity: str) -> ImageAction:
+        """What happens to `entity` in an image."""
+        # Not blur: networks still recognise many blurred faces. Source: McPherson, Shokri, Shmatikov 2016.
+        return self.images.get(entity, "fill")
+
+    def threshold(self, entity: str) -> Threshold:
+        """How sure a detector of `entity` has to be."""
+        return self.thresholds.get(entity, Threshold())
+
+    def settings(self, detector: str) -> Mapping[str, Any]:
+        """What opening `detector` takes: the model of `names`; for `patterns` what to look for apart.
+
+        What is kept is looked for apart, so that it cannot hide, by overlap, what is not.
+        """
+        if detector == "names" and self.names is not None:
+            return self.names.model_dump()
+        if detector == "patterns":
+            return {"apart": tuple(sorted(entity for entity, action in self.captions.items() if action == "keep"))}
+        return {}
+
+    def digest(self) -> str:
+        """Hex SHA-256 of the policy's canonical JSON, defaults written out."""
+        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def _entities(self, finds: Mapping[str, tuple[str, ...] | None]) -> tuple[str, ...] | None:
+        found: list[str] = []
+        for name in self.detectors:
+            entities = finds.get(name, ())
+            if entities is None:
+                return None
+            found += entities
+        return tuple(dict.fromkeys(found))
+
+
+def check_entities(policy: Policy, in_texts: tuple[str, ...], in_images: tuple[str, ...]) -> None:
+    """Refuse a policy for entities that the open detectors do not find: some tell only once they are open."""
+    for key, named, found in (
+        ("captions", policy.captions, in_texts),
+        ("images", policy.images, in_images),
+        ("thresholds", policy.thresholds, (*in_texts, *in_images)),
+    ):
+        for entity in named:
+            if entity not in found:
+                raise ValueError(f"policy.{key}: {_unfindable(entity, found, policy.detectors)}")
+
+
+def _unfindable(entity: str, found: tuple[str, ...], detectors: tuple[str, ...]) -> str:
+    for name, entities in (*TEXT_DETECTORS.items(), *IMAGE_DETECTORS.items()):
+        if name not in detectors and entity in (entities or ()) and name != "image_text":
+            return f"no detector finds {entity!r}: add {name} to detectors, which are {', '.join(detectors) or 'none'}"
+    entities = ", ".join(found) or "none"
+    return f"no detector finds {entity!r}{_nearest(entity, found)}: the entities are {entities}"
+
+
+def _nearest(name: str, known: tuple[str, ...]) -> str:
+    near = difflib.get_close_matches(name.lower(), known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
