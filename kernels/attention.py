@@ -141,7 +141,9 @@ def _check(q_BHNK: Tensor, k_BGMK: Tensor, v_BGMK: Tensor, mask: AttentionMask |
     B, H, N, K = q_BHNK.shape
     G, M = k_BGMK.shape[1:3]
     if K not in WIDTHS:
-        raise ValueError(f"q_BHNK has head width {K}: the kernels take {', '.join(map(str, WIDTHS))}")
+        raise ValueError(
+            f"q_BHNK has head width {K}: the kernels take {', '.join(map(str, WIDTHS))}; others need the reference"
+        )
     if k_BGMK.shape != (B, G, M, K) or G == 0 or H % G:
         raise ValueError(
             f"k_BGMK has shape {tuple(k_BGMK.shape)}: with q_BHNK of {tuple(q_BHNK.shape)} give {B} records, "

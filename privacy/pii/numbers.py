@@ -33,7 +33,7 @@ def package(name: str) -> Any:
     except ImportError:
         distribution = {"stdnum": "python-stdnum"}.get(name.partition(".")[0], name)
         raise MissingDetector(
-            f"the detector 'patterns' needs {distribution}, which is not installed here: pip install 'sfumato[pii]'"
+            f"the detector 'patterns' needs {distribution}, which is not installed here: pip install {distribution}"
         ) from None
 
 
