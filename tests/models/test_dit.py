@@ -1,3 +1,5 @@
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
+from kernels import dispatch
 from kernels.per_record import PerRecordModule
 from models.dit import SIZES, DiT, DiTConfig
 from models.registry import CONFIGS, MODELS
@@ -209,14 +212,37 @@ def test_forward_flops_are_those_the_counter_sees(size: str, image_size: int, ch
     assert model.forward_flops(3) == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
-def test_the_model_compiles_without_a_graph_break() -> None:
-    model, (x, t, y) = filled(), batch()
+@pytest.fixture(params=["reference", "triton"])
+def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
+    dispatch.choose(request.param, torch.device("cpu"))
+    yield request.param
+    dispatch.choose("auto", torch.device("cpu"))
+
+
+ONE_HEAD = SMALL.model_copy(update={"heads": 1})
+
+
+def test_the_model_compiles_without_a_graph_break(kernels: str) -> None:
+    model, (x, t, y) = filled(ONE_HEAD), batch()
     expected = model(x, t, y)
     # aot_eager traces forward and backward as inductor does, without the minute of code generation
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     out = compiled(x, t, y)
     torch.testing.assert_close(out, expected)
     out.sum().backward()
+
+
+def test_every_kernels_flops_are_counted(kernels: str) -> None:
+    model, (x, t, y) = filled(ONE_HEAD), batch()
+    with FlopCounterMode(display=False) as counter:
+        loss = model(x, t, y).sum()
+        assert counter.get_total_flops() == pytest.approx(model.forward_flops(4), rel=0.01)
+        attention = 4 * ONE_HEAD.num_tokens**2 * ONE_HEAD.width * ONE_HEAD.depth * 4
+        loss.backward()
+    # a backward is two forwards, but for attention's, which recomputes its scores; the first layer's input has none
+    first = 2 * 4 * ONE_HEAD.num_tokens * ONE_HEAD.patch_features * ONE_HEAD.width
+    expected = 3 * model.forward_flops(4) + attention / 2 - first
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.slow
