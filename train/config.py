@@ -37,7 +37,6 @@ OPERATIONAL = (
     "privacy.key_file",
     "privacy.charge_ahead",
     "expected_records",
-    "executor",
     "key_file",
 )
 
@@ -250,13 +249,6 @@ class IngestStage(StageConfig):
     seed: Natural = 0
 
 
-class Executor(Section):
-    """Where a filter stage's tasks run, a shard each; what they write is the same everywhere."""
-
-    kind: Literal["local", "slurm", "ray"] = "local"
-    workers: Positive | None = None  # tasks at a time; null: one a core, or what the cluster gives
-
-
 class FilterStage(StageConfig):
     """Personal data out of captions and images, metadata out of the images, record by record; then duplicates."""
 
@@ -265,9 +257,19 @@ class FilterStage(StageConfig):
     data_from: StageName
     policy: Policy
     duplicates: DuplicatesConfig | None = None  # null: every record is kept, however often it comes
-    max_quarantine_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05  # more of all records stop the stage
+    # More damaged records than this share of all stop the stage; what the policy quarantines is no damage.
+    max_quarantine_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05
     key_file: str | None = None  # of pseudonyms; null: secret.key in the run folder, or SFUMATO_SECRET
-    executor: Executor = Executor()
+
+    @model_validator(mode="after")
+    def _a_key_has_a_use(self) -> Self:
+        for key, value in (("key_file", self.key_file), ("policy.pseudonyms", self.policy.pseudonyms)):
+            if value is not None and not self.policy.pseudonymises:
+                raise ValueError(
+                    f"{key} names a key, and policy.captions pseudonymises nothing: leave {key} out, or set an entity "
+                    "to pseudonymise"
+                )
+        return self
 
 
 class TrainStage(StageConfig):

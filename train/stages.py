@@ -37,7 +37,7 @@ from train.data import ShardDataset
 from train.empirical import check_engine
 from train.evaluation import evaluate, image_grid, train_classifier, validation_loss
 from train.extraction import find_copies
-from train.filtering import filter_shards
+from train.filtering import filter_shards, open_tools
 from train.generation import build, generate
 from train.heartbeat import Heartbeat
 from train.loop import load_average, train
@@ -140,13 +140,24 @@ def _ingest(stage: IngestStage, run: RunFolder, progress: Progress) -> Result:
 def _filter(stage: FilterStage, run: RunFolder, progress: Progress) -> Result:
     source, folder = run.read_manifest(stage.data_from), run.stage_folder(stage.name)
     assert source is not None
-    splits = list(source["metrics"]["splits"])
-    metrics = filter_shards(run.path / stage.data_from, folder, splits, stage.policy, progress)
-    headline = _records(metrics) | {
-        "found in captions": _tally(metrics["entities"]),
-        "stripped from images": _tally(metrics["metadata"]),
-        "dropped or quarantined": _tally(metrics["reasons"]),
-    }
+    tools = open_tools(stage.policy, Path(stage.key_file) if stage.key_file else run.path / "secret.key")
+    metrics = filter_shards(
+        run.path / stage.data_from,
+        folder,
+        list(source["metrics"]["splits"]),
+        stage.policy,
+        tools,
+        progress,
+        duplicates=stage.duplicates,
+        max_quarantine_fraction=stage.max_quarantine_fraction,
+    )
+    headline = _records(metrics) | {"found in captions": _tally(metrics["entities"])}
+    if tools.images:
+        headline["found in images"] = _tally(metrics["boxes"])
+    headline["stripped from images"] = _tally(metrics["metadata"])
+    headline["dropped or quarantined"] = _tally(metrics["reasons"])
+    if tools.pseudonyms is not None:
+        headline["pseudonyms"] = f"key {tools.pseudonyms.key_id}"
     return Result(metrics | {"headline": headline}, digests([folder / "quarantine.jsonl"]))
 
 

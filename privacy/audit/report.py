@@ -264,6 +264,8 @@ def _caveats(report: AuditReport, view: LedgerView, charges: Charges, public_key
     caveats = [*STANDING_CAVEATS, _key_caveat(view, public_key), *_accountant_caveats(report)]
     if report.filtered:
         caveats.append("The filter's counts were taken from the data without noise: they are outside the guarantee.")
+    if any(counts["reasons"].get("duplicate") for counts in report.filtered.values()):
+        caveats.append("Near-duplicates were left out by comparing records: the guarantee is about those that stayed.")
     spent = report.spending
     assert spent is not None
     if spent.wasted:

@@ -173,6 +173,7 @@ def test_the_standing_caveats_are_always_said(run: Path) -> None:
     assert "number of records is treated as public" in said
     assert "Hyper-parameters chosen by the user are assumed to come from public data" in said
     assert "The filter's counts were taken from the data without noise" in said
+    assert "Near-duplicates were left out by comparing records" in said
 
 
 @pytest.mark.parametrize(
