@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from privacy.pii.detectors import open_detectors
 from privacy.pii.duplicates import DuplicatesConfig, Signatures, find_duplicates, signatures
 from privacy.pii.filter import FilterResult, Tools, check_tools, filter_records
-from privacy.pii.findings import MissingDetector, Pixels, TextDetector
-from privacy.pii.patterns import PatternDetector
+from privacy.pii.findings import Pixels
+from privacy.pii.pixels import apply_boxes, decode
 from privacy.pii.policy import Policy
 from privacy.pii.pseudonyms import Pseudonyms
 from privacy.secrets import load_master_secret
@@ -29,7 +30,6 @@ from train.sources import Quarantine
 
 _BATCH = 64  # records filtered at once, and held in memory
 _BY_POLICY = re.compile(r"(image_)?(holds|uncertain)_.+")  # reasons that say nothing of damage
-_OPENERS: Mapping[str, Callable[..., TextDetector]] = {"patterns": PatternDetector}
 
 
 def open_tools(policy: Policy, key_file: Path) -> Tools:
@@ -37,14 +37,9 @@ def open_tools(policy: Policy, key_file: Path) -> Tools:
 
     Raises MissingDetector where a detector cannot be opened, SecretError where a key is needed and there is none.
     """
-    for name in policy.detectors:
-        if name not in _OPENERS:
-            raise MissingDetector(
-                f"policy.detectors names {name!r}, which a filter stage cannot open: leave it out of policy.detectors; "
-                f"those that open are {', '.join(_OPENERS)}"
-            )
-    texts = tuple(_OPENERS[name](**policy.settings(name)) for name in policy.text_detectors)
-    return Tools(texts, pseudonyms=Pseudonyms(load_master_secret(key_file)) if policy.pseudonymises else None)
+    texts, images = open_detectors(policy)
+    pseudonyms = Pseudonyms(load_master_secret(key_file)) if policy.pseudonymises else None
+    return Tools(texts, images, decode, apply_boxes, pseudonyms)
 
 
 def filter_shards(
@@ -199,7 +194,7 @@ class _Walk:
             for batch in batches:
                 keys, images = [record.key for record in batch], [record.image for record in batch]
                 captions = [record.caption for record in batch]
-                parts.append(signatures(keys, images, captions, self.tools.decode or _decode))
+                parts.append(signatures(keys, images, captions, _decode))
                 for record in batch:
                     writer.add(record)
             if not writer.keys:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import struct
+import warnings
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -15,14 +16,39 @@ from dataclasses import dataclass, field
 
 from PIL import ExifTags, Image, ImageOps
 
+MAX_PIXELS = 16_000_000  # of an image that is decoded
+
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 _PNG_KEPT = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 _JPEG_START, _JPEG_END, _JPEG_SCAN = 0xD8, 0xD9, 0xDA
 _JPEG_ADOBE = 0xEE  # APP14 says how the colours are coded
 _JPEG_KEPT = (*range(0xC0, 0xD0), 0xDA, 0xDB, 0xDC, 0xDD)  # frames, Huffman and arithmetic tables, DQT, DNL, DRI
 _JPEG_RESTART = range(0xD0, 0xD8)
-_JPEG_NAMES = {0xFE: "COM"} | {0xE0 + number: f"APP{number}" for number in range(16)}
+_JPEG_COMMENT = 0xFE
+_JPEG_NAMES = {_JPEG_COMMENT: "COM"} | {0xE0 + number: f"APP{number}" for number in range(16)}
 _AFTER_END = "after_end"
+
+# What is in a piece, by how it begins. Sources: Exif 3.0, XMP part 3, IPTC Photo Metadata, ICC.1, CIPA DC-007.
+_JPEG_CONTENTS = {
+    b"Exif\0": "EXIF",
+    b"http://ns.adobe.com/xap/1.0/\0": "XMP",
+    b"http://ns.adobe.com/xmp/extension/\0": "XMP",
+    b"Photoshop 3.0\0": "IPTC",
+    b"ICC_PROFILE\0": "ICC",
+    b"MPF\0": "MPF",
+    b"JFIF\0": "JFIF",
+}
+_PNG_CONTENTS = {
+    b"XML:com.adobe.xmp\0": "XMP",
+    b"Raw profile type xmp\0": "XMP",
+    b"Raw profile type exif\0": "EXIF",
+    b"Raw profile type APP1\0": "EXIF",
+    b"Raw profile type iptc\0": "IPTC",
+}
+
+# Pillow warns of large images when it reads their header; our own limit, checked right after, refuses smaller ones.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 # What Pillow raises on damaged bytes, besides OSError.
 _DAMAGE = (OSError, SyntaxError, ValueError, struct.error, EOFError, IndexError, TypeError, KeyError)
@@ -38,19 +64,27 @@ class ImageMetadataError(ValueError):
 
 @dataclass(frozen=True)
 class Stripped:
-    """The image without metadata, and how many pieces of each kind went ({"png:tEXt": 1, "jpeg:APP1": 1})."""
+    """The image without metadata, and how many pieces of each kind went ({"png:tEXt": 1, "jpeg:EXIF": 1})."""
 
     image: bytes = field(repr=False)
     removed: Mapping[str, int]
 
 
 def strip_metadata(image: bytes) -> Stripped:
-    """Raises ImageMetadataError: "not_png_or_jpeg", "malformed_png", "malformed_jpeg", "undecodable" (when turning)."""
+    """Raises ImageMetadataError: "not_png_or_jpeg", "malformed_png", "malformed_jpeg".
+
+    Where the picture has to be turned also "undecodable" and "too_many_pixels" (nothing was decoded).
+    """
     stripped = _strip(image)
     if not stripped.removed:
         return stripped
     upright = _turned(image)
     return stripped if upright is None else Stripped(_strip(upright).image, stripped.removed)
+
+
+def follows_end(image: bytes) -> bool:
+    """Whether bytes follow the picture: another file, perhaps. Raises as `strip_metadata`, but decodes nothing."""
+    return any(name.endswith(_AFTER_END) for name in _strip(image).removed)
 
 
 def _strip(image: bytes) -> Stripped:
@@ -84,7 +118,7 @@ def _png_pieces(image: bytes) -> Iterator[tuple[bytes, str | None]]:
             raise ImageMetadataError("malformed_png")
         if kind not in _PNG_KEPT and kind[:1].isupper():  # a critical chunk nobody knows
             raise ImageMetadataError("malformed_png")
-        yield image[place:end], None if kind in _PNG_KEPT else f"png:{kind.decode('ascii')}"
+        yield image[place:end], None if kind in _PNG_KEPT else _png_name(kind, image[place + 8 : end - 4])
         place, first, data_seen = end, False, data_seen or kind == b"IDAT"
         if kind == b"IEND":
             break
@@ -120,13 +154,28 @@ def _jpeg_pieces(image: bytes) -> Iterator[tuple[bytes, str | None]]:
         elif marker in _JPEG_KEPT:
             yield segment, None
         else:
-            yield segment, f"jpeg:{_JPEG_NAMES.get(marker, f'{marker:02X}')}"
+            yield segment, _jpeg_name(marker, segment[4:])
         place = end
     if not scanned:
         raise ImageMetadataError("malformed_jpeg")
     yield image[place : place + 2], None
     if place + 2 < len(image):
         yield image[place + 2 :], f"jpeg:{_AFTER_END}"
+
+
+def _png_name(kind: bytes, content: bytes) -> str:
+    """What a chunk is counted as: by its keyword where that says it, else by its kind."""
+    name = kind.decode("ascii")
+    return f"png:{_content(content, _PNG_CONTENTS) or name if kind in _PNG_TEXTS else name}"
+
+
+def _jpeg_name(marker: int, content: bytes) -> str:
+    name = _content(content, _JPEG_CONTENTS) if marker != _JPEG_COMMENT else None
+    return f"jpeg:{name or _JPEG_NAMES.get(marker, f'{marker:02X}')}"
+
+
+def _content(content: bytes, beginnings: Mapping[bytes, str]) -> str | None:
+    return next((name for beginning, name in beginnings.items() if content.startswith(beginning)), None)
 
 
 def _scan_end(image: bytes, place: int) -> int:
@@ -148,6 +197,8 @@ def _turned(image: bytes) -> bytes | None:
         return None  # damaged metadata says nothing of the orientation
     if orientation not in range(2, 9):
         return None
+    if picture.width * picture.height > MAX_PIXELS:
+        raise ImageMetadataError("too_many_pixels")
     try:
         turned = ImageOps.exif_transpose(picture)
         out = io.BytesIO()

@@ -38,7 +38,7 @@ TEXT_DETECTORS: Mapping[str, tuple[str, ...] | None] = MappingProxyType({
 })  # fmt: skip
 _IN_TEXT = tuple(dict.fromkeys(entity for found in TEXT_DETECTORS.values() for entity in found or ()))
 IMAGE_DETECTORS: Mapping[str, tuple[str, ...] | None] = MappingProxyType({
-    "faces_fast": ("face",), "faces": ("face",), "image_text": _IN_TEXT,
+    "faces_fast": ("face",), "faces": ("face",), "image_text": (*_IN_TEXT, "text"),
 })  # fmt: skip
 
 
@@ -160,6 +160,8 @@ class Policy(_Section):
             return self.names.model_dump()
         if detector == "patterns":
             return {"apart": tuple(sorted(entity for entity, action in self.captions.items() if action == "keep"))}
+        if detector == "image_text":
+            return {"any_text": self.images.get("text", "keep") != "keep"}  # any text at all, where that is asked for
         return {}
 
     def digest(self) -> str:

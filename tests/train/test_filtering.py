@@ -145,7 +145,7 @@ def test_a_split_with_nothing_left_is_an_error_and_no_split_stands(tmp_path: Pat
 # --- detectors ---
 
 
-@pytest.mark.parametrize("name", ["names", "faces", "faces_fast", "image_text", "presidio", "gliner"])
+@pytest.mark.parametrize("name", ["names", "presidio", "gliner"])
 def test_a_detector_that_is_not_here_is_refused_before_a_record_is_read(name: str) -> None:
     with pytest.raises(MissingDetector, match=f"'{name}'.*leave it out of policy.detectors; those that open are patt"):
         open_tools(Policy(detectors=("patterns", name)), NO_KEY)
