@@ -53,7 +53,7 @@ from train.measurements import Row
 DEVICE = "cuda"
 CPU_TARGET = 1.03  # times what PyTorch's own operation takes
 CPU_ROUNDS = 31
-CPU_SECONDS = 0.03  # of calls in a round: a call of a small model takes microseconds
+CPU_SECONDS = 0.1  # of calls in a round: a call of a small model takes microseconds
 
 
 def kernels(deadline: float = math.inf) -> list[Row]:
