@@ -90,7 +90,7 @@ def _adaln_backward(
     rstd_BN: Tensor, scale_BD: Tensor, branch_BND: Tensor | None, gate_BD: Tensor | None, x_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, of the branch (empty without one), and of shift, scale and gate together as (B, S, D)."""
-    from kernels import adaln_triton
+    from kernels import adaln_triton, norms_triton
 
     found = _gradients(
         grad_residual_BND, grad_modulated_BND, residual_BND, mean_BN, rstd_BN, scale_BD, branch_BND, gate_BD, x_dtype
@@ -114,9 +114,9 @@ def _adaln_backward(
         GATED=branch_BND is not None, RESIDUAL=grad_residual_BND is not None, STAGES=tile.num_stages,
     )  # fmt: skip
     if num_chunks > 1:
-        tile = adaln_triton.SUM_TILE
+        tile = norms_triton.SUM_TILE
         num_programs = num_records * -(-num_sums // tile.constants["COLUMNS"])
-        _launch(adaln_triton.sum_chunks, num_programs, tile, chunks_BCSD, sums_BSD, num_chunks, num_sums)
+        _launch(norms_triton.sum_chunks, num_programs, tile, chunks_BCSD, sums_BSD, num_chunks, num_sums)
     return found
 
 

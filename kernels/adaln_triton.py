@@ -2,8 +2,8 @@
 
 A row is a head, the largest power of two below the width, and a tail for the rest: 1152 = 1024 + 128. Statistics and
 sums are fp32 (fp64 where an input is). A program owns TOKENS tokens of one record. In the backward it also sums over
-them the gradients of shift, scale and gate, and `sum_chunks` adds up a record's programs in their order: what a record
-gets depends neither on the batch, nor on its place there, nor on padding after its tokens.
+them the gradients of shift, scale and gate, and `norms_triton.sum_chunks` adds up a record's programs in their order:
+what a record gets depends neither on the batch, nor on its place there, nor on padding after its tokens.
 """
 
 # B records, N tokens, D model width, C chunks of TOKENS tokens, S sums (gradients of shift, scale and gate)
@@ -15,8 +15,6 @@ import triton.language as tl
 
 from kernels.aot import Build
 from kernels.tiles import Tile
-
-SUM_TILE = Tile({"COLUMNS": 256}, num_warps=2, num_stages=1)  # few bytes: nothing to tune
 
 
 @triton.jit
@@ -180,20 +178,6 @@ def backward(
         tl.store(sums_ptr + 2 * WIDTH + tail, sum_gate_tail_D, mask=tail < WIDTH)
 
 
-@triton.jit
-def sum_chunks(sums_BCX_ptr, sums_BX_ptr, num_chunks, num_columns, COLUMNS: tl.constexpr):
-    """Add up what the programs of a record's chunks found, in the order of the chunks."""
-    blocks = tl.cdiv(num_columns, COLUMNS)
-    record = (tl.program_id(0) // blocks).to(tl.int64)
-    columns = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
-    mask = columns < num_columns
-    sums_BCX_ptr += record * num_chunks * num_columns
-    total = tl.zeros((COLUMNS,), sums_BX_ptr.dtype.element_ty)
-    for chunk in tl.range(num_chunks, num_stages=4):
-        total += tl.load(sums_BCX_ptr + chunk * num_columns + columns, mask=mask, other=0.0)
-    tl.store(sums_BX_ptr + record * num_columns + columns, total, mask=mask)
-
-
 def split(width: int, num_warps: int) -> dict[str, int]:
     """A row's constants."""
     head = 1 << (width - 1).bit_length() - 1
@@ -234,7 +218,6 @@ def builds() -> list[Build]:
                 constants = {**split(width, tile.num_warps), **tile.constants, "STAGES": tile.num_stages}
                 constants |= {"GATED": gated, "RESIDUAL": gated}
                 found.append(_build("adaln.backward", case, backward, dtype, constants, tile))
-    found.append(_build("adaln.sum_chunks", "fp32", sum_chunks, "fp32", dict(SUM_TILE.constants), SUM_TILE))
     return found
 
 

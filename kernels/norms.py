@@ -110,9 +110,10 @@ def _norm_backward(
         )  # fmt: skip
         if num_sums:
             columns = num_sums * width
-            norms_triton.sum_chunks[(num_records * -(-columns // norms_triton.SUM_COLUMNS),)](
+            tile = norms_triton.SUM_TILE
+            norms_triton.sum_chunks[(num_records * -(-columns // tile.constants["COLUMNS"]),)](
                 sums_BCSD, sums_BSD, num_chunks, columns,
-                COLUMNS=norms_triton.SUM_COLUMNS, CHUNKS=norms_triton.SUM_CHUNKS,
+                **tile.constants, num_warps=tile.num_warps, num_stages=tile.num_stages,
             )  # fmt: skip
     return grad_x_BND, sums_BSD
 

@@ -23,8 +23,7 @@ import triton.language as tl
 from kernels.aot import Build
 from kernels.tiles import Tile
 
-SUM_COLUMNS = 128  # of a program of `sum_chunks`
-SUM_CHUNKS = 16  # that it reads at a time
+SUM_TILE = Tile({"COLUMNS": 128, "CHUNKS": 16}, num_warps=4, num_stages=3)  # few bytes: nothing to tune
 
 
 @triton.jit
@@ -216,7 +215,9 @@ def builds() -> list[Build]:
             case="fp32",
             kernel=sum_chunks,
             types={"sums_BCX_ptr": "*fp32", "sums_BX_ptr": "*fp32", "num_chunks": "i32", "num_columns": "i32"},
-            constants={"COLUMNS": SUM_COLUMNS, "CHUNKS": SUM_CHUNKS},
+            constants=SUM_TILE.constants,
+            num_warps=SUM_TILE.num_warps,
+            num_stages=SUM_TILE.num_stages,
             aligned=frozenset({"num_columns"}),
         )
     )
