@@ -10,6 +10,8 @@ zeros: 72 takes 80 columns of the tensor cores, where padding to 128 would take 
 
 Softmax is in base 2, its statistics and every sum in fp32. Sources: Dao 2023 (arXiv:2307.08691), Alg. 1 and 2, the
 backward in two passes; Milakov & Gimelshein 2018 (arXiv:1805.02867), Alg. 3.
+
+One file: forward and backward share the arithmetic of tiles and masks.
 """
 
 # B records, H query heads, G key heads, N queries, M keys, K head width, I blocks of queries, J blocks of keys

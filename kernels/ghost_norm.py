@@ -2,7 +2,7 @@
 
 The gradient of one parameter for one record is nearly always a short sum of outer products, one a token, whose factors
 a backward pass has at hand anyway: the layer's input and the gradient of its output. Its norm and its clip-weighted sum
-over records follow from the factors alone.
+over records follow from the factors alone. One file: kernels and plain products promise the same guarded norms.
 
 Source: norms by Gram matrices, Goodfellow 2015 (arXiv:1510.01799) and Li et al. 2022 (arXiv:2110.05679, Eq. 3); the
 cheaper form of the two chosen by layer, Bu et al. 2022 (arXiv:2205.10683, Sec. 4.3).

@@ -7,7 +7,6 @@ thresholds: {person: {certain: 0.7, possible: 0.4}}
 uncertain: drop
 box_margin: 0.1
 pseudonyms: {key_id: 0123456789abcdef}
-names: {model: FOLDER, digest: "..."}
 """
 
 from __future__ import annotations
@@ -65,13 +64,6 @@ class Threshold(_Section):
         return self
 
 
-class NamesModel(_Section):
-    """A tuned model of the detector `names`: its folder, and the digest that its contents must have."""
-
-    model: str
-    digest: str
-
-
 class Pseudonymisation(_Section):
     """The key that pseudonyms must be made with; another one is refused, for it would name everyone anew."""
 
@@ -93,7 +85,6 @@ class Policy(_Section):
     box_margin: Annotated[float, Field(ge=0, le=2)] = 0.1  # of a box's longer side, added on each side
     max_caption_length: Annotated[int, Field(gt=0)] = 100_000  # characters; a longer caption is quarantined unread
     pseudonyms: Pseudonymisation | None = None  # null: any key, whose id goes to the manifest
-    names: NamesModel | None = None  # null: the model that comes as a package
 
     @model_validator(mode="after")
     def _detectors_exist(self) -> Self:
@@ -103,10 +94,6 @@ class Policy(_Section):
                 raise ValueError(f"no detector is named {name!r}{_nearest(name, known)}: choose of {', '.join(known)}")
             if self.detectors.count(name) > 1:
                 raise ValueError(f"detectors names {name!r} twice: once is enough")
-        if self.names is not None and "names" not in self.detectors:
-            raise ValueError(
-                "names describes a detector that detectors does not list: add names there, or leave it out"
-            )
         return self
 
     @model_validator(mode="after")
@@ -152,12 +139,10 @@ class Policy(_Section):
         return self.thresholds.get(entity, Threshold())
 
     def settings(self, detector: str) -> Mapping[str, Any]:
-        """What opening `detector` takes: the model of `names`; for `patterns` what to look for apart.
+        """What opening `detector` takes: for `patterns` what to look for apart.
 
         What is kept is looked for apart, so that it cannot hide, by overlap, what is not.
         """
-        if detector == "names" and self.names is not None:
-            return self.names.model_dump()
         if detector == "patterns":
             return {"apart": tuple(sorted(entity for entity, action in self.captions.items() if action == "keep"))}
         if detector == "image_text":

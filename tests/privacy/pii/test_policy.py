@@ -12,7 +12,6 @@ thresholds: {person: {certain: 0.7, possible: 0.4}}
 uncertain: quarantine
 box_margin: 0.2
 pseudonyms: {key_id: 0123456789abcdef}
-names: {model: models/names, digest: "sha256:00"}
 """
 
 
@@ -34,7 +33,6 @@ def test_a_whole_policy_says_what_it_says() -> None:
     assert [whole.action(entity) for entity in ("email", "person", "phone")] == ["pseudonymise", "redact", "fill"]
     assert whole.image_action("face") == "blur" and whole.pseudonymises
     assert (whole.threshold("person").certain, whole.threshold("person").possible) == (0.7, 0.4)
-    assert whole.settings("names") == {"model": "models/names", "digest": "sha256:00"}
     assert whole.settings("patterns") == {"apart": ("ip",)} and whole.settings("faces") == {}
 
 
@@ -44,7 +42,7 @@ def test_the_digest_follows_every_choice_and_not_how_it_is_written() -> None:
     assert policy("{}").digest() == policy("uncertain: drop").digest()
     changed = {
         "detectors": ("patterns", "names", "faces"), "captions": {}, "images": {}, "thresholds": {},
-        "uncertain": "act", "box_margin": 0.3, "pseudonyms": None, "names": None, "max_caption_length": 7,
+        "uncertain": "act", "box_margin": 0.3, "pseudonyms": None, "max_caption_length": 7,
     }  # fmt: skip
     assert set(changed) == set(Policy.model_fields)
     digests = {whole.model_copy(update={key: value}).digest() for key, value in changed.items()}
@@ -79,7 +77,6 @@ def test_a_policy_cannot_be_changed() -> None:
         ("uncertain: fill", r"uncertain\n.*'drop', 'quarantine', 'act' or 'keep'"),
         ("box_margin: -1", r"box_margin\n.*greater than or equal to 0"),
         ("pseudonyms: {key_id: secret}", r"pseudonyms\.key_id\n"),
-        ("names: {model: x, digest: y}", "names describes a detector that detectors does not list"),
         ("detektors: []", r"detektors\n.*Extra inputs are not permitted"),
     ],
 )
