@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from privacy.secrets import create_key_file
-from train.config import FinetuneStage, StageConfig, TrainStage
+from train.config import FilterStage, FinetuneStage, StageConfig, TrainStage
 from train.display import StageDisplay
 from train.launchers import (
     DEFAULT_PORT,
@@ -123,8 +123,7 @@ class _Run:
             return Outcome(stage.name, "finished", 0.0, ())
         if self.leads:
             self.run.input_hashes(stage)  # refuses, naming the unfinished stage it needs
-            if isinstance(stage, FinetuneStage):
-                self._make_key(stage)
+            self._make_key(stage)
         with StageDisplay(self.console, stage.name) as display:
             return run_stage(
                 stage.name,
@@ -175,10 +174,12 @@ class _Run:
         worker = worker_arguments(path, self.run.path, overrides, team.epoch)
         return stage_command(stage, self.placement, worker, team)
 
-    def _make_key(self, stage: FinetuneStage) -> None:
-        """Make the run's own secret key, unless one is given, or there is one, or something it was used for."""
+    def _make_key(self, stage: StageConfig) -> None:
+        """Make the run's own secret key where `stage` needs one, unless one is given, or there is one, or something it
+        was used for.
+        """
         key, ledger = self.run.path / "secret.key", self.run.ledger_path(stage)
-        if stage.privacy.key_file or os.environ.get("SFUMATO_SECRET") or key.exists():
+        if not needs_own_key(stage) or os.environ.get("SFUMATO_SECRET") or key.exists():
             return
         if ledger is not None and ledger.exists():
             raise RunFolderError(
@@ -209,6 +210,13 @@ class _Run:
         rows = write_summary(self.run, self.recipe.stages)
         self.console.print(f"figures: {self.run.path / 'summary.json'}", highlight=False)
         return 0 if all_met(rows) else 1
+
+
+def needs_own_key(stage: StageConfig) -> bool:
+    """Whether the stage draws noise or pseudonyms from a key that its configuration does not name."""
+    if isinstance(stage, FilterStage):
+        return stage.policy.pseudonymises and stage.key_file is None and stage.policy.pseudonyms is None
+    return isinstance(stage, FinetuneStage) and stage.privacy.key_file is None
 
 
 def _devices() -> int | None:

@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 
 from train import ROOT
+from train.config import FilterStage
 from train.heartbeat import RankWatch, pages_folder
+from train.launch import needs_own_key
 from train.launchers import free_port
 from train.recipe import load_recipe
 from train.run_folder import RunFolder, now
@@ -191,6 +193,23 @@ def test_a_key_is_made_for_a_private_stage_and_a_refusal_of_its_ranks_is_shown(
     assert (run.path / "secret.key").stat().st_mode & 0o777 == 0o600
     assert "error: stage finetune_dp refused: " in shown.err
     assert not (run.path / "finetune_dp" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "own"),
+    [
+        ({"policy": {"captions": {"email": "pseudonymise"}}}, True),
+        ({"policy": {"captions": {"email": "pseudonymise"}, "pseudonyms": {"key_id": "0" * 16}}}, False),
+        ({"policy": {"captions": {"email": "pseudonymise"}}, "key_file": "mine.key"}, False),
+        ({"policy": {}}, False),
+    ],
+    ids=["pseudonyms", "a key that is named by its id", "a key file", "none"],
+)
+def test_a_filter_stage_gets_a_key_of_the_run_s_own_only_where_it_makes_pseudonyms(
+    overrides: dict[str, Any], own: bool
+) -> None:
+    stage = FilterStage.model_validate({"name": "filter", "stage": "filter", "data_from": "ingest", **overrides})
+    assert needs_own_key(stage) == own
 
 
 def test_one_stage_runs_and_its_time_and_attempts_are_in_the_summary(
