@@ -93,7 +93,7 @@ QUICK = [
     Case(T=1, A=1),
     Case(T=150, A=1, activation="gelu", choice="one"),
     Case(T=70, A=8, P=33, H=17, D=129, activation="gelu"),
-    Case(T=63, A=3, E=128, P=16, H=31),
+    Case(T=63, A=3, E=31, P=16, H=31),
     Case(T=90, A=2, E=128, H=8, choice="few"),
     Case(T=40, A=1, E=1, P=17, H=9, D=11),
 ]
@@ -275,7 +275,6 @@ class TestKernels:
         assert torch.equal(out[healthy], sick[healthy])
         assert sick[5].isnan().all()
 
-    @pytest.mark.parametrize("repeats", [5, pytest.param(100, marks=pytest.mark.slow)])
     def test_repeats_are_equal_bit_by_bit(self, repeats: int) -> None:
         case = Case(T=50, E=5)
         drawn = case.draw()
