@@ -166,6 +166,7 @@ class Mechanism:
         code_version: str,
         config_sha256: str,
         operational: Sequence[str] = (),
+        shards_root: str | None = None,
         unit_of: NDArray[np.int64] | None = None,
     ) -> None:
         if terms.expected_batch_size > terms.num_units:
@@ -187,7 +188,8 @@ class Mechanism:
         self._users = None
         if unit_of is not None:
             self._users = UserRecords(sampling_key, terms.stage, unit_of, terms.max_records)
-        recorded = {"config_sha256": config_sha256, "code_version": code_version, "operational": list(operational)}
+        recorded: dict[str, Any] = {"config_sha256": config_sha256, "code_version": code_version}
+        recorded |= {"operational": list(operational), "shards_root": shards_root}
         plan: dict[str, Any] = self._on_rank_0(lambda ledger: self._plan(ledger, recorded))
         self.noise_multiplier: float = plan["event"]["noise_multiplier"]
         self.gradient_multiplier = self.noise_multiplier / (1.0 - terms.loss_share - terms.counts_share) ** 0.5
@@ -209,6 +211,12 @@ class Mechanism:
             raise LedgerError(
                 f"the key of {ledger.path} was rotated since {terms.stage} began, and under another key its epochs or "
                 "its correlated noise would begin anew: run it as another stage, or in another run"
+            )
+        shards_root = recorded["shards_root"]
+        if found is not None and found.get("shards_root", shards_root) != shards_root:  # older plans have none
+            raise LedgerError(
+                f"stage {terms.stage} was planned in {ledger.path} over filtered shards of Merkle root "
+                f"{found['shards_root']}, and now reads those of {shards_root}: put them back, or begin another run"
             )
         event = found["event"] if found else self._sampler.event(0, terms.calibrate(ledger.counts()))
         promised = {

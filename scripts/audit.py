@@ -30,7 +30,8 @@ exit status:
   1  a claim is false: the ledger is broken, or says something else than the manifests
   2  the folder cannot be read as a run
 
-The audit needs neither the weights nor the data nor the secret, and changes nothing.
+The audit needs neither the weights nor the data nor the secret, and changes nothing. Where filtered shards lie in the
+run folder, it reads every byte of them, unless --no-shards is given.
 
 examples:
   python scripts/audit.py runs/digits
@@ -58,13 +59,15 @@ def main() -> int:
     )
     parser.add_argument("--public-key", metavar="HEX|FILE", help="the ledger's public key as you keep it elsewhere")
     parser.add_argument("--every-signature", action="store_true", help="verify every line's signature; takes longer")
+    parser.add_argument("--no-shards", action="store_true", help="check the shards' manifests, and read no shard")
     parser.add_argument("--compare", type=Path, metavar="OTHER", help="set this run beside another one")
     arguments = parser.parse_args()
     try:
         key = None if arguments.public_key is None else read_public_key(arguments.public_key)
-        report = audit_run(arguments.run, public_key=key, every_signature=arguments.every_signature)
+        how = {"public_key": key, "every_signature": arguments.every_signature, "shards": not arguments.no_shards}
+        report = audit_run(arguments.run, **how)
         if arguments.compare is not None:
-            other = audit_run(arguments.compare, public_key=key, every_signature=arguments.every_signature)
+            other = audit_run(arguments.compare, **how)
             return show(compare(report, other), as_json=arguments.json)
         if arguments.html == Path():
             write_report(report, arguments.run / "audit")

@@ -7,7 +7,7 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,23 @@ from rich.table import Table
 
 from train import check_packages
 
+_WIDEST = 32  # characters of a word that is a value; the file has all
+
 
 def main() -> int:
     """Exit status: 0 where no figure misses its target, 1 otherwise. What is under way is told on stderr."""
     check_packages()
-    from train.benchmarks import data, pii, train
+    from privacy.pii.findings import MissingDetector
+    from train.benchmarks import data, train
     from train.benchmarks_checkpoint import checkpoint
     from train.benchmarks_goodput import goodput
     from train.benchmarks_kernels import kernels, tune_kernels
+    from train.benchmarks_pii import PARTS, pii
     from train.benchmarks_privacy import dp
     from train.benchmarks_restart import restart
-    from train.measurements import all_met, measurement
+    from train.measurements import Row, all_met, measurement
 
-    benchmarks = {
+    benchmarks: dict[str, Callable[..., list[Row]]] = {
         "dp": dp,
         "train": train,
         "kernels": kernels,
@@ -45,9 +49,13 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="F", help="write machine, versions, commit and rows to this file")
     parser.add_argument("--picture", type=Path, metavar="F", help="with goodput: draw it to this PNG file")
     parser.add_argument("--tune", action="store_true", help="with kernels, on a GPU: first find its best tiles")
+    parser.add_argument("--part", choices=PARTS, help="with pii: this part alone")
+    parser.add_argument("--names", type=Path, metavar="FOLDER", help="with pii: the model that train-names wrote there")
     arguments = parser.parse_args()
     if arguments.picture and arguments.what != "goodput":
         parser.error("--picture draws goodput: leave it out")
+    if (arguments.part or arguments.names) and arguments.what != "pii":
+        parser.error("--part and --names are for pii: leave them out")
     if arguments.tune and arguments.what != "kernels":
         parser.error("--tune is for kernels: leave it out")
 
@@ -58,7 +66,11 @@ def main() -> int:
             print(f"tiles written to {tune_kernels()}")
         except ValueError as error:
             parser.error(str(error))
-    rows = goodput(arguments.picture) if arguments.picture else benchmarks[arguments.what]()
+    given = {"goodput": ("picture",), "pii": ("part", "names")}.get(arguments.what, ())
+    try:
+        rows = benchmarks[arguments.what](*(getattr(arguments, option) for option in given))
+    except MissingDetector as error:
+        parser.error(str(error))
     measured = measurement(rows)
     Console(width=None if sys.stdout.isatty() else 140).print(_table(measured))
     if arguments.json:
@@ -69,14 +81,16 @@ def main() -> int:
 def _table(measured: Mapping[str, Any]) -> Table:
     machine = measured["machine"]
     table = Table(title=f"{machine['cpu']}, {machine['cores']} cores; {measured['commit']}")
-    for column in ("figure", "value", "unit", "target", ""):
-        table.add_column(column, justify="right" if column in ("value", "target") else "left")
+    intervals = any("interval" in row for row in measured["rows"])
+    for column in ("figure", "value", *(("95%",) if intervals else ()), "unit", "target", ""):
+        table.add_column(column, justify="right" if column in ("value", "target") else "left", overflow="fold")
     for row in measured["rows"]:
         verdict = {True: "met", False: "missed", None: ""}[row["ok"]]
         value = row["value"]
-        shown = "not measured" if value is None else value if isinstance(value, str) else f"{value:,.4g}"
+        shown = "not measured" if value is None else value[:_WIDEST] if isinstance(value, str) else f"{value:,.4g}"
         target = "" if row["target"] is None else f"{row['target']:g}"
-        table.add_row(row["name"], shown, row["unit"], target, verdict)
+        between = [" – ".join(f"{end:.3f}" for end in row.get("interval", ()))] if intervals else []
+        table.add_row(row["name"], shown, *between, row["unit"], target, verdict)
     return table
 
 

@@ -4,8 +4,9 @@
     python scripts/fetch_data.py emoji                  # npm package, a folder a category (source: image_folder)
     python scripts/fetch_data.py openclipart            # Debian packages, a folder a category (source: image_folder)
 
-A set appears under its name whole or not at all; one that is there is left alone. Openclipart's captions are its
-authors' own words, real e-mail addresses included: run them through the filter stage before anyone reads them.
+A set appears under its name whole or not at all; one that is there is left alone, unless an earlier version of this
+script laid it out otherwise. Openclipart's captions and drawings are its authors' own, real e-mail addresses and home
+paths included: run them through the filter stage (configs/openclipart) before anyone reads them.
 """
 
 from __future__ import annotations
@@ -71,22 +72,28 @@ def lay_out_emoji(package: Path, ready: Path) -> str:
 
 
 def openclipart(scratch: Path, ready: Path) -> str:
-    """Open Clip Art Library 0.18 (public domain): the PNGs, captioned from the SVGs they were drawn from."""
+    """Open Clip Art Library 0.18 (public domain): the PNGs, and the SVGs that they were drawn from and captioned by."""
     _debian("openclipart-png", scratch)
     _debian("openclipart-svg", scratch)
     return lay_out_openclipart(scratch / "usr/share/openclipart", ready)
 
 
 def lay_out_openclipart(package: Path, ready: Path) -> str:
-    """The package's PNG tree with a caption beside each image whose SVG has a title or a description."""
+    """The package's PNG tree with each image's SVG beside it, and that one's title and description as a caption."""
     shutil.move(package / "png", ready)
-    images, captions = sorted(ready.rglob("*.png")), 0
+    images, captions, drawings = sorted(ready.rglob("*.png")), 0, 0
     for image in track(images, "openclipart"):
-        caption = _svg_caption((package / "svg" / image.relative_to(ready)).with_suffix(".svg"))
-        if caption:
+        svg = (package / "svg" / image.relative_to(ready)).with_suffix(".svg")
+        if svg.is_file():
+            shutil.copyfile(svg, image.with_suffix(".svg"))
+            drawings += 1
+        if caption := _svg_caption(svg):
             image.with_suffix(".txt").write_text(caption + "\n", "utf-8")
             captions += 1
-    return f"{len(images):,} images, {captions:,} with captions, in {len(list(ready.iterdir()))} categories"
+    return (
+        f"{len(images):,} images, {captions:,} with captions and {drawings:,} with drawings, "
+        f"in {len(list(ready.iterdir()))} categories"
+    )
 
 
 def _svg_caption(svg: Path) -> str:
@@ -127,18 +134,23 @@ SETS: dict[str, Callable[[Path, Path], str]] = {
     "emoji": emoji,
     "openclipart": openclipart,
 }
+NEEDED = {"openclipart": "*/**/*.svg"}  # what a set that this version laid out has
 
 
 def fetch(name: str, cache: Path) -> Path:
     """Bring a set to `cache/name`, unless it is there; raises FetchError, with nothing left behind."""
     place = cache / name
     if place.exists():
-        print(f"{name}: already in {place}")
-        return place
+        if name not in NEEDED or next(place.glob(NEEDED[name]), None):
+            print(f"{name}: already in {place}")
+            return place
+        print(f"{name}: {place} has no {NEEDED[name]}, an earlier version laid it out: fetching it again")
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=cache) as scratch:
         ready = Path(scratch) / "ready"
         holds = SETS[name](Path(scratch), ready)
+        if place.exists():
+            place.rename(Path(scratch) / "earlier")
         try:
             ready.rename(place)
         except OSError:

@@ -16,9 +16,10 @@ MAY_IMPORT = {
     "train": {"train", "models", "privacy", "checkpointing", "kernels"},
     "scripts": {"train", "privacy"},
 }
-# Inside privacy/ the parts do not know each other; these compose them. `events` is the vocabulary all may speak.
+# Inside privacy/ the parts do not know each other; these compose them. All may speak the vocabulary `events`,
+# and write their `pages` alike.
 COMPOSERS = ("privacy.mechanism", "privacy.ledger", "privacy.audit", "privacy.__main__")
-VOCABULARY = {"privacy.events"}
+VOCABULARY = {"privacy.events", "privacy.pages"}
 # What an auditor runs needs neither torch nor our kernels: all of privacy/ but these.
 NEEDS_TORCH = ("privacy.clipping", "privacy.noise", "privacy.mechanism")
 TOP_LEVEL = {

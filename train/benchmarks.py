@@ -1,8 +1,8 @@
 """What this machine does with the parts that matter, each measured beside what it is compared to, in one run.
 
 Rivals run in turn, and a ratio is the median over rounds of the two times in one round: machines drift, and what runs
-side by side drifts together. What privacy costs is in `train.benchmarks_privacy`, and what saves cost in
-`train.benchmarks_checkpoint`.
+side by side drifts together. What privacy costs is in `train.benchmarks_privacy`, what saves cost in
+`train.benchmarks_checkpoint`, and what the filter finds, and how fast, in `train.benchmarks_pii`.
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ from torch import Tensor, nn
 
 from models.dit import DiT, DiTConfig
 from models.flow import Objective
-from privacy.pii.patterns import detect
 from train.config import Optim, Parallel
 from train.data import ShardDataset
 from train.measurements import Row
 from train.parallel import Backend, join_world, shard_model
-from train.planted import plant
 from train.shards import Record, write_shards
-from train.sources import DigitsSource, digits
+from train.source_config import DigitsSource
+from train.sources import digits
 
 Work = Callable[[], object]
 Times = Mapping[str, Sequence[float]]  # seconds of each work in each round
@@ -34,18 +33,18 @@ Times = Mapping[str, Sequence[float]]  # seconds of each work in each round
 log = logging.getLogger(__name__)
 
 
-def seconds(work: Work) -> float:
-    """Wall-clock time of one call, the device's queue emptied before and after."""
+def seconds(work: Work, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Time of one call by a clock, the wall's by default, the device's queue emptied before and after."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = clock()
     work()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
-def interleaved(works: Mapping[str, Work], rounds: int) -> Times:
+def interleaved(works: Mapping[str, Work], rounds: int, clock: Callable[[], float] = time.perf_counter) -> Times:
     """Seconds of every work in each round; each round begins with another. Call each once before, uncounted."""
     names = list(works)
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -53,7 +52,7 @@ def interleaved(works: Mapping[str, Work], rounds: int) -> Times:
         log.info("round %d of %d: %s", number + 1, rounds, ", ".join(names))
         first = number % len(names)
         for name in names[first:] + names[:first]:
-            times[name].append(seconds(works[name]))
+            times[name].append(seconds(works[name], clock))
     return times
 
 
@@ -92,13 +91,6 @@ def data() -> list[Row]:
         indices = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).numpy()
         elapsed = statistics.median(seconds(lambda: dataset.batch(indices, 1, 8)) for _ in range(5))
     return [Row(name="data.random_records_a_second", value=len(indices) / elapsed, unit="records/s")]
-
-
-def pii() -> list[Row]:
-    """Captions a second through every pattern, half of them with planted personal data."""
-    captions = [plant(f"a handwritten {n % 10}", 0, str(n)).caption for n in range(4000)]
-    elapsed = statistics.median(seconds(lambda: [detect(caption) for caption in captions]) for _ in range(3))
-    return [Row(name="pii.captions_a_second", value=len(captions) / elapsed, unit="captions/s")]
 
 
 def initialised(config: DiTConfig) -> DiT:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from privacy.audit import AuditReport
+from train.config import FilterStage
 from train.run_folder import RunFolder
 
 MECHANISM = ("sampling", "expected_batch_size", "num_units", "noise_multiplier", "max_grad_norm", "steps")
@@ -31,7 +32,21 @@ def privacy_card(report: AuditReport, manifest: Mapping[str, Any], run: RunFolde
         card["caveats"] = report.caveats
     card["audit"] = {"verdict": report.verdict, "claims": [{"claim": c.claim, "holds": c.holds} for c in report.claims]}
     card["trained_on"] = _sources(manifest, run)
+    card["filter"] = _filters(manifest, run)
     return card
+
+
+def _filters(manifest: Mapping[str, Any], run: RunFolder) -> list[dict[str, Any]]:
+    """The filter stages that the training stages read, each with what binds its shards: digests, no values."""
+    read = dict.fromkeys(stage["data_from"] for stage in _sources(manifest, run))
+    filters: list[dict[str, Any]] = []
+    for stage in read:
+        written = run.read_manifest(stage)
+        if written is not None and written["kind"] == FilterStage.kind:
+            metrics = written["metrics"]
+            named = {key: metrics.get(key) for key in ("shards_root", "policy_sha256", "detectors")}
+            filters.append({"stage": stage, **named})
+    return filters
 
 
 def _sources(manifest: Mapping[str, Any], run: RunFolder) -> list[dict[str, Any]]:
@@ -44,6 +59,7 @@ def _sources(manifest: Mapping[str, Any], run: RunFolder) -> list[dict[str, Any]
         stages.append(
             {
                 "stage": current["stage"],
+                "data_from": config["data_from"],
                 "split": config["split"],
                 "private": private,
                 "steps": current["metrics"]["steps"],
@@ -69,6 +85,12 @@ def model_card(config: Mapping[str, Any], card: Mapping[str, Any], manifest: Map
         f"| {source['stage']} | {source['split']} | {'yes' if source['private'] else 'no'} | {source['steps']} |"
         for source in card["trained_on"]
     )
+    filtered = "".join(
+        f"Filtered by stage `{filter['stage']}`, policy `{filter['policy_sha256']}`; Merkle root over its shards' "
+        f"manifests: `{filter['shards_root']}`.\n\n"
+        for filter in card["filter"]
+        if filter["shards_root"] is not None
+    )
     return f"""# Class-conditional diffusion transformer
 
 {model["channels"]} x {model["image_size"]} x {model["image_size"]} images, {model["num_classes"]} classes; \
@@ -85,7 +107,7 @@ The weights are the moving average (EMA) of stage `{manifest["stage"]}` in recip
 |---|---|---|---|
 {trained}
 
-Code: `{manifest["code_version"]}`.
+{filtered}Code: `{manifest["code_version"]}`.
 
 ## Use
 

@@ -18,7 +18,8 @@ from kernels.dispatch import Choice
 from models.dit import DiTConfig
 from privacy.pii.duplicates import DuplicatesConfig
 from privacy.pii.policy import Policy
-from train.sources import SourceConfig
+from train.executors import Executor
+from train.source_config import SourceConfig
 
 Positive = Annotated[int, Field(gt=0)]
 Natural = Annotated[int, Field(ge=0)]
@@ -38,6 +39,7 @@ OPERATIONAL = (
     "privacy.charge_ahead",
     "expected_records",
     "key_file",
+    "executor",
 )
 
 
@@ -260,6 +262,7 @@ class FilterStage(StageConfig):
     # More damaged records than this share of all stop the stage; what the policy quarantines is no damage.
     max_quarantine_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05
     key_file: str | None = None  # of pseudonyms; null: secret.key in the run folder, or SFUMATO_SECRET
+    executor: Executor = Executor()
 
     @model_validator(mode="after")
     def _a_key_has_a_use(self) -> Self:
@@ -369,6 +372,30 @@ class EvalStage(StageConfig):
     seed: Natural = 0
 
 
+class EvalPiiStage(StageConfig):
+    """A policy's detectors on planted captions, pictures and metadata: recall, precision, leaks, with their intervals.
+
+    Fails where a figure of `train.pii_evaluation` is below its threshold in at_least, or above that in at_most.
+    """
+
+    kind = "eval_pii"
+    stage: Literal["eval_pii"]
+    data_from: StageName | None = None  # the filter stage whose policy is measured; null: `policy`
+    policy: Policy | None = None
+    captions: Natural = 3000  # in English, and as many in other languages
+    pictures: Natural = 40  # of each size of face and of text
+    at_least: dict[str, Annotated[float, Field(ge=0, le=1)]] = {}
+    at_most: dict[str, Annotated[float, Field(ge=0, le=1)]] = {}
+    seed: Natural = 0
+
+    @model_validator(mode="after")
+    def _one_policy(self) -> Self:
+        if (self.policy is None) == (self.data_from is None):
+            has = "both policy and data_from" if self.policy else "neither policy nor data_from"
+            raise ValueError(f"the stage has {has}: give a policy, or name in data_from the filter stage that has it")
+        return self
+
+
 class Empirical(Section):
     """A throwaway run on public records with canaries among them, which shows how much epsilon an attack can prove."""
 
@@ -415,7 +442,16 @@ class ExportStage(StageConfig):
 
 STAGES: dict[str, type[StageConfig]] = {
     model.kind: model
-    for model in (IngestStage, FilterStage, PretrainStage, FinetuneStage, EvalStage, AuditStage, ExportStage)
+    for model in (
+        IngestStage,
+        FilterStage,
+        PretrainStage,
+        FinetuneStage,
+        EvalStage,
+        EvalPiiStage,
+        AuditStage,
+        ExportStage,
+    )
 }
 
 

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import fsspec
 import numpy as np
@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from train.images import ImageError, pixels
-from train.shards import Record, ShardError, extent, index_name, parse_entry, parse_record, record_digest, root_of
+from train.shards import Record, ShardError, extent, find_shards, index_name, parse_entry, root_of, verified
 
 Indices = NDArray[np.int64]
 
@@ -27,7 +27,7 @@ class ShardDataset:
 
     Opening reads the indexes alone. A record is fetched by a range read and checked against its digest every time.
 
-    root: binds every record's key, unit, image, class and caption, in order.
+    root: binds every record's key, unit, image, class, caption and drawing, in order.
     labels: int64 [records], -1 where a record has no class.
     units: the privacy units, sorted, each once; unit_of: int64 [records], each record's place in `units`.
     """
@@ -39,7 +39,7 @@ class ShardDataset:
         self._lines: list[bytes] = []  # parsed again when read: millions of parsed entries would not fit in memory
         self._digests: list[str] = []
         keys, units, labels, shards = list[str](), list[str](), list[int](), list[int]()
-        for shard, (tar, size) in enumerate(self._find_shards()):
+        for shard, (tar, size) in enumerate(find_shards(self._fs, self._folder, split)):
             self._tars.append(tar)
             index = index_name(tar)
             for number, line in enumerate(self._fs.cat_file(index).splitlines(), 1):
@@ -91,29 +91,6 @@ class ShardDataset:
                 raise ShardError(f"record {record.key} of split {self.split}: {error.reason}: ingest it anew") from None
         return torch.from_numpy(images).float().div_(127.5).sub_(1), torch.from_numpy(labels)
 
-    def _find_shards(self) -> list[tuple[str, int]]:
-        """The split's tars in order, with their sizes in bytes."""
-        try:
-            listing = self._fs.ls(self._folder, detail=True)
-        except FileNotFoundError:
-            listing = []
-        sizes: dict[str, int] = {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in listing}
-        tars = sorted(name for name in sizes if name.startswith(f"{self.split}-") and name.endswith(".tar"))
-        indexed = {name.removesuffix(".index.jsonl") + ".tar" for name in sizes if name.endswith(".index.jsonl")}
-        if lost := sorted(indexed - set(tars)):
-            raise ShardError(f"{self._folder}/{lost[0]} is missing, its index is there: restore it or ingest again")
-        if not tars:
-            raise ShardError(f"{self._folder} holds no shard {self.split}-00000.tar: run the ingest stage first")
-        for number, tar in enumerate(tars):
-            if tar != (expected := f"{self.split}-{number:05d}.tar"):
-                raise ShardError(f"{self._folder}/{expected} is missing, {tar} is there: restore it or ingest again")
-            if tar not in indexed:
-                raise ShardError(
-                    f"{self._folder}/{tar} has no index {index_name(tar)}: run the ingest stage again, "
-                    "or train.shards.index_shard on it"
-                )
-        return [(f"{self._folder}/{tar}", sizes[tar]) for tar in tars]
-
     def _read(self, indices: Sequence[int]) -> list[Record]:
         if not indices:
             return []
@@ -124,20 +101,7 @@ class ShardDataset:
             blocks = self._fs.cat_ranges(tars, list(starts), list(ends), on_error="raise")
         except FileNotFoundError as error:
             raise ShardError(f"{error.filename or error} is missing: restore it or ingest again") from None
-        return [self._verified(*found) for found in zip(entries, tars, starts, blocks, strict=True)]
-
-    def _verified(self, entry: dict[str, Any], tar: str, start: int, block: bytes) -> Record:
-        data = {
-            extension: block[offset - start : offset - start + length]
-            for extension, (offset, length) in entry["members"].items()
-        }
-        where = f"{tar}, byte {start}: record {entry['key']}"
-        if record_digest(entry["key"], data) != entry["digest"]:
-            raise ShardError(f"{where} does not have the digest of its index: restore the shard or ingest again")
-        record = parse_record(entry["key"], data)
-        if (record.unit, record.label) != (entry["unit"], entry["label"]):
-            raise ShardError(f"{where} has another unit or class than its index says: ingest again")
-        return record
+        return [verified(*found) for found in zip(entries, blocks, tars, strict=True)]
 
 
 @functools.lru_cache(maxsize=4)

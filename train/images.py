@@ -8,10 +8,10 @@ import warnings
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 16_000_000
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # decoders we let near foreign bytes
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # decoders we let near foreign bytes
 
 # Pillow warns of large images when it reads their header; our own limit, checked right after, refuses smaller ones.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -31,7 +31,7 @@ class ImageError(ValueError):
 def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode wholly, with the orientation its metadata asks for.
 
-    Raises ImageError: "too_many_pixels" (nothing was decoded) or "undecodable".
+    Raises ImageError: "unknown_image_type", "too_many_pixels" (nothing was decoded) or "undecodable".
     """
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -40,6 +40,8 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         image.load()
     except ImageError:
         raise
+    except UnidentifiedImageError:  # also a known type whose header is broken
+        raise ImageError("unknown_image_type") from None
     except Image.DecompressionBombError:
         raise ImageError("too_many_pixels") from None
     except _DAMAGE:

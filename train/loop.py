@@ -121,6 +121,7 @@ class _Training:
         self.timeline = Timeline(folder, enabled=world.rank == 0)
         self.timeline.event("joined")
         dataset, config = open_split(run, stage), architecture(run, stage)
+        self.shards_root = run.shards_root(stage.data_from)
         _require_fit(dataset, config, world)
         said = dispatch.choose(stage.parallel.kernels, world.device)
         if world.rank == 0:
@@ -139,7 +140,7 @@ class _Training:
         self.saves = Saves(stage, run, self.backend, average, fencing_epoch, self.timeline)
         checkpoint = self.saves.recover()
         if checkpoint is not None:
-            _require_same_config(checkpoint, stage)
+            _require_same_origin(checkpoint, stage, self.shards_root)
         self.mechanism: Mechanism | None = None
         self.clipper: Clipper | None = None
         if isinstance(stage, FinetuneStage):
@@ -197,6 +198,7 @@ class _Training:
             "model": self.backend.module.config.model_dump(),  # type: ignore[union-attr]
             "num_updates": self.backend.num_updates,
             "ledger_head": None if self.mechanism is None else broadcast(self.mechanism.head),
+            "shards_root": self.shards_root,
             **clipping_state(self.clipper),
             **self.health.state(),
         }
@@ -343,12 +345,18 @@ def _require_fit(dataset: ShardDataset, config: DiTConfig, world: World) -> None
         raise ValueError(f"split {dataset.split} holds class {beyond}, but model.num_classes is {config.num_classes}")
 
 
-def _require_same_config(checkpoint: Checkpoint, stage: TrainStage) -> None:
+def _require_same_origin(checkpoint: Checkpoint, stage: TrainStage, shards_root: str | None) -> None:
     saved = checkpoint.state["config_sha256"]
     if saved != stage.sha256():
         raise ValueError(
             f"stage {stage.name} is half done under another configuration ({saved[:8]}.., not {stage.sha256()[:8]}..): "
             f"set it back, or give another --run-dir (its checkpoints: {checkpoint.folder.parent})"
+        )
+    trained_on = checkpoint.state.get("shards_root", shards_root)  # older saves have none
+    if trained_on != shards_root:
+        raise ValueError(
+            f"stage {stage.name} is half done on the shards of root {trained_on}, and {stage.data_from} now has "
+            f"{shards_root}: put its shards back, or give another --run-dir"
         )
 
 

@@ -17,13 +17,17 @@ VERSIONED = ("torch", "triton", "deepspeed", "opacus", "dp-accounting", "numpy",
 
 
 class Row(TypedDict):
-    """One figure; `value` and `ok` are None where it was not measured, `target` and `ok` where nothing is promised."""
+    """One figure; `value` and `ok` are None where it was not measured, `target` and `ok` where nothing is promised.
+
+    interval: 95% of what the value is an estimate of, where that is told.
+    """
 
     name: str
     value: float | str | None
     unit: str
     target: NotRequired[float | str | None]
     ok: NotRequired[bool | None]
+    interval: NotRequired[tuple[float, float]]
 
 
 def measurement(rows: Sequence[Row]) -> dict[str, Any]:
@@ -39,6 +43,7 @@ def measurement(rows: Sequence[Row]) -> dict[str, Any]:
                 "unit": row["unit"],
                 "target": row.get("target"),
                 "ok": row.get("ok"),
+                **({"interval": list(row["interval"])} if "interval" in row else {}),
             }
             for row in rows
         ],

@@ -95,6 +95,7 @@ def open_mechanism(
             code_version=code_version(),
             config_sha256=stage.sha256(),
             operational=OPERATIONAL,
+            shards_root=run.shards_root(stage.data_from),
             unit_of=dataset.unit_of if privacy.unit == "user" else None,
         )
 

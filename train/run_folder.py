@@ -84,6 +84,11 @@ class RunFolder:
         path = self.manifest_path(stage)
         return _read_json(path) if path.exists() else None
 
+    def shards_root(self, stage: str) -> str | None:
+        """The Merkle root over the shard manifests of a finished filter stage; None for one of another kind."""
+        manifest = self.read_manifest(stage)
+        return None if manifest is None else manifest["metrics"].get("shards_root")
+
     def manifest_sha256(self, stage: str) -> str:
         """Hex SHA-256 of the manifest file of a finished stage; an unfinished one is refused."""
         path = self.manifest_path(stage)

@@ -1,8 +1,9 @@
 """The shard format: WebDataset tars, an index beside each, and the root that binds a split's records.
 
 A split is a folder of `<split>-00000.tar`, `<split>-00001.tar`, ... A record's members are KEY.png or KEY.jpg, KEY.cls
-(the class, if it has one), KEY.txt (the caption, if any) and, where the privacy unit is not the record itself, KEY.json
-with {"unit": ...}. Beside each tar lies `<split>-00000.index.jsonl`, one line a record:
+(the class, if it has one), KEY.txt (the caption, if any), KEY.svg (the drawing that the image was made from, if any)
+and, where the privacy unit is not the record itself, KEY.json with {"unit": ...}. Beside each tar lies
+`<split>-00000.index.jsonl`, one line a record:
 {"key", "unit", "digest", "label", "members": {extension: [offset, length]}}.
 """
 
@@ -22,12 +23,14 @@ from typing import IO, Any, Self
 from blake3 import blake3
 
 from checkpointing.store import sync_folder
+from privacy.pii.manifests import SUFFIX
 from train.images import stored_extension
 
 KEY = re.compile(r"[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*")
-IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "gif", "bmp")
-_MEMBER = re.compile(r"(?P<key>(?:.*/)?[^./]+)\.(?P<extension>[^/]+)", re.DOTALL)
-_END_OF_TAR = bytes(1024)
+IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff")
+MEMBER = re.compile(r"(?P<key>(?:.*/)?[^./]+)\.(?P<extension>[^/]+)", re.DOTALL)
+END_OF_TAR = bytes(1024)
+_MAX_CLASS_DIGITS = 18
 
 
 class ShardError(ValueError):
@@ -44,18 +47,19 @@ class RecordError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One image with what belongs to it. Its repr shows neither image nor caption."""
+    """One image with what belongs to it. Its repr shows neither image, nor caption, nor drawing."""
 
     key: str
     unit: str
     image: bytes = field(repr=False)
     label: int | None
     caption: str | None = field(repr=False)
+    svg: bytes | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
 class ShardSet:
-    """What writing a split made: `root` binds every record's key, unit, image, class and caption, in order."""
+    """What writing a split made: `root` binds every record's key, unit, image, class, caption and drawing, in order."""
 
     records: int
     bytes: int
@@ -120,11 +124,9 @@ class ShardWriter:
         return ShardSet(len(self.keys), size, len(self._shards), root_of(self._digests))
 
     def _begin_shard(self) -> tuple[IO[bytes], Any]:
-        from webdataset.writer import TarWriter
-
         self._shards.append(self._partial / f"{self.split}-{len(self._shards):05d}.tar")
         file = self._shards[-1].open("wb")
-        return file, TarWriter(file, user="", group="", mtime=0, encoder=False)
+        return file, _tar_writer(file)
 
     def _end_shard(self) -> None:
         if self._open is None:
@@ -136,6 +138,53 @@ class ShardWriter:
         file.close()
         self._open = None
         index_shard(self._shards[-1])
+
+
+def write_shard(tar: Path, records: Iterable[Record]) -> list[str]:
+    """Write one shard and its index, durably, and give its records' digests in order; without records, no file.
+
+    The bytes are a function of the records.
+    """
+    digests: list[str] = []
+    with tar.open("wb") as file:
+        writer = _tar_writer(file)
+        try:
+            for record in records:
+                members = _members(record)
+                writer.write({"__key__": record.key, **members})
+                digests.append(record_digest(record.key, members))
+        finally:
+            writer.close()
+        file.flush()
+        os.fsync(file.fileno())
+    if digests:
+        index_shard(tar)
+    else:
+        tar.unlink()
+    return digests
+
+
+def read_shard(tar: Path) -> Iterator[tuple[str, Record | None]]:
+    """Each key of a shard's index with its record, in order; None where the tar no longer holds what the index says.
+
+    Raises ShardError where the index itself is damaged, or a file is missing.
+    """
+    index = Path(index_name(str(tar)))
+    try:
+        lines = index.read_bytes().splitlines()
+        file = tar.open("rb")
+    except FileNotFoundError as error:
+        raise ShardError(f"{error.filename} is missing: restore it or ingest again") from None
+    with file:
+        for number, line in enumerate(lines, 1):
+            entry = parse_entry(line, f"{index}, line {number}")
+            start, end = extent(entry)
+            file.seek(start)
+            try:
+                record = verified(entry, file.read(end - start), str(tar))
+            except (ShardError, RecordError):
+                record = None
+            yield entry["key"], record
 
 
 def write_shards(folder: Path, split: str, records: Iterable[Record], shard_size: int) -> ShardSet:
@@ -208,7 +257,7 @@ def _tar_members(file: IO[bytes], name: str) -> Iterator[tuple[str, str, int, by
                 path, where = member.name.removeprefix("./"), f"{name}, byte {member.offset}"
                 if path.startswith("/") or ".." in path.split("/"):
                     raise ShardError(f"{where}: member {path!r} leaves the folder: refused")
-                matched = _MEMBER.fullmatch(path)
+                matched = MEMBER.fullmatch(path)
                 content = tar.extractfile(member) if member.isreg() and not member.issparse() else None
                 if content is None or matched is None:
                     raise ShardError(f"{where}: member {path!r} is no plain file named KEY.EXTENSION")
@@ -221,7 +270,7 @@ def _tar_members(file: IO[bytes], name: str) -> Iterator[tuple[str, str, int, by
         raise ShardError(f"{name} is no whole uncompressed tar, near byte {file.tell()} ({error})") from None
     file.seek(end)
     # tarfile takes a damaged header, or a file cut between two members, for the end of the archive
-    if file.read(len(_END_OF_TAR)) != _END_OF_TAR:
+    if file.read(len(END_OF_TAR)) != END_OF_TAR:
         raise ShardError(f"{name} is truncated or damaged at byte {end}: the archive does not end there as it should")
 
 
@@ -235,7 +284,7 @@ def parse_record(key: str, members: Mapping[str, bytes]) -> Record:
         raise RecordError("no_image")
     label, caption, unit = None, None, key
     if "cls" in members:
-        if not (digits := members["cls"].strip()).isdigit():
+        if not (digits := members["cls"].strip()).isdigit() or len(digits) > _MAX_CLASS_DIGITS:
             raise RecordError("bad_class")
         label = int(digits)
     if "txt" in members:
@@ -246,11 +295,49 @@ def parse_record(key: str, members: Mapping[str, bytes]) -> Record:
     if "json" in members:
         try:
             unit = json.loads(members["json"]).get("unit", key)
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
             raise RecordError("bad_unit") from None
         if not isinstance(unit, str) or not unit:
             raise RecordError("bad_unit")
-    return Record(key, unit, image, label, caption)
+    return Record(key, unit, image, label, caption, members.get("svg"))
+
+
+def find_shards(files: Any, folder: str, split: str) -> list[tuple[str, int]]:
+    """A split's tars in order, with their sizes in bytes; `files` is the fsspec file system that `folder` is on.
+
+    Raises ShardError where one is missing: numbers leave no gap, but for filtered shards of which nothing was kept.
+    """
+    try:
+        listing = files.ls(folder, detail=True)
+    except FileNotFoundError:
+        listing = []
+    sizes: dict[str, int] = {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in listing}
+    tars = {name for name in sizes if name.startswith(f"{split}-") and name.endswith(".tar")}
+    indexed = {name.removesuffix(".index.jsonl") + ".tar" for name in sizes if name.endswith(".index.jsonl")}
+    filtered = {name.removesuffix(SUFFIX) + ".tar" for name in sizes if name.endswith(SUFFIX)}
+    if lost := sorted(indexed - tars):
+        raise ShardError(f"{folder}/{lost[0]} is missing, its index is there: restore it or ingest again")
+    for number, tar in enumerate(sorted(tars | filtered)):
+        if tar != (expected := f"{split}-{number:05d}.tar"):
+            raise ShardError(f"{folder}/{expected} is missing, {tar} is there: restore it or ingest again")
+        if tar in tars - indexed:
+            raise ShardError(
+                f"{folder}/{tar} has no index {index_name(tar)}: run the ingest stage again, "
+                "or train.shards.index_shard on it"
+            )
+        if tar not in tars and _keeps(files, f"{folder}/{tar.removesuffix('.tar')}{SUFFIX}"):
+            raise ShardError(f"{folder}/{tar} is missing, its manifest is there: restore it or filter again")
+    if not tars:
+        raise ShardError(f"{folder} holds no shard {split}-00000.tar: run the ingest stage first")
+    return [(f"{folder}/{tar}", sizes[tar]) for tar in sorted(tars)]
+
+
+def _keeps(files: Any, manifest: str) -> bool:
+    """Whether a filtered shard's manifest speaks of a tar."""
+    try:
+        return json.loads(files.cat_file(manifest))["tar"] is not None
+    except (ValueError, KeyError, TypeError):
+        raise ShardError(f"{manifest} is no shard manifest: run the filter stage again") from None
 
 
 def parse_entry(line: bytes, where: str) -> dict[str, Any]:
@@ -275,6 +362,25 @@ def extent(entry: Mapping[str, Any]) -> tuple[int, int]:
     """First byte and end of an index entry's record in its tar; a record's members lie side by side."""
     spans: list[tuple[int, int]] = list(entry["members"].values())
     return min(offset for offset, _ in spans), max(offset + length for offset, length in spans)
+
+
+def verified(entry: Mapping[str, Any], block: bytes, tar: str) -> Record:
+    """The record of an index's entry, whose members are in `block`, the bytes of its `extent`.
+
+    Raises ShardError where they are not what the index says, RecordError where they never were a record.
+    """
+    start = extent(entry)[0]
+    members = {
+        extension: block[offset - start : offset - start + length]
+        for extension, (offset, length) in entry["members"].items()
+    }
+    where = f"{tar}, byte {start}: record {entry['key']}"
+    if record_digest(entry["key"], members) != entry["digest"]:
+        raise ShardError(f"{where} does not have the digest of its index: restore the shard or ingest again")
+    record = parse_record(entry["key"], members)
+    if (record.unit, record.label) != (entry["unit"], entry["label"]):
+        raise ShardError(f"{where} has another unit or class than its index says: ingest again")
+    return record
 
 
 def index_name(tar: str) -> str:
@@ -308,6 +414,14 @@ def _members(record: Record) -> dict[str, bytes]:
         members["cls"] = str(record.label).encode("ascii")
     if record.caption is not None:
         members["txt"] = record.caption.encode("utf-8")
+    if record.svg is not None:
+        members["svg"] = record.svg
     if record.unit != record.key:
         members["json"] = json.dumps({"unit": record.unit}).encode("ascii")
     return members
+
+
+def _tar_writer(file: Any) -> Any:
+    from webdataset.writer import TarWriter
+
+    return TarWriter(file, user="", group="", mtime=0, encoder=False)

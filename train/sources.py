@@ -15,120 +15,42 @@ import struct
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import fsspec
 import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from checkpointing.store import write_durably
 from privacy.pii.patterns import detect
-from train.images import MAX_PIXELS, ImageError, encode_png, open_image, stored_extension
+from train.images import ImageError, encode_png, open_image, stored_extension
 from train.planted import author_metadata, plant
-from train.shards import IMAGE_EXTENSIONS, KEY, Record, RecordError, ShardWriter, iter_tar, parse_record
+from train.salvage import MAX_MEMBER_BYTES, salvage_tar
+from train.salvage import REASONS as SALVAGE_REASONS
+from train.shards import IMAGE_EXTENSIONS, KEY, Record, RecordError, ShardWriter, parse_record
+from train.source_config import (
+    DigitsSource,
+    FolderPart,
+    IdxSource,
+    ImageFolderSource,
+    Part,
+    ShapedSource,
+    ShardPart,
+    Source,
+    Split,
+    WebDatasetSource,
+)
 
-Split = Literal["public", "private", "test"]
 REASONS = (
-    "undecodable", "too_many_pixels", "class_out_of_range", "no_image", "bad_class", "bad_caption", "bad_unit",
+    *SALVAGE_REASONS, "no_image", "empty_image", "unknown_image_type", "too_many_pixels", "undecodable", "bad_class",
+    "class_out_of_range", "bad_caption", "caption_too_long", "bad_unit", "unreadable_file",
 )  # fmt: skip
+MAX_CAPTION_BYTES = 1_000_000
 DIGITS_SPLITS: dict[Split, int] = {"test": 297, "public": 750, "private": 750}
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class _Part(_Section):
-    """A piece of a source and the shares of its privacy units that go to each split."""
-
-    splits: dict[Split, Annotated[float, Field(gt=0, le=1)]]
-
-    @field_validator("splits")
-    @classmethod
-    def _shares_are_the_whole(cls, splits: dict[Split, float]) -> dict[Split, float]:
-        if abs(sum(splits.values()) - 1) > 1e-9:
-            raise ValueError(f"the shares of splits add up to {sum(splits.values()):g}: make them 1")
-        return splits
-
-    def split_of(self, unit: str, seed: int) -> Split:
-        """A unit's split, a function of (seed, unit): whatever else the source holds, and all its records together."""
-        at = int.from_bytes(blake3(f"{seed}:{unit}".encode()).digest(8)) / 2**64
-        chosen: Split = next(iter(self.splits))
-        for split, share in self.splits.items():
-            chosen, at = split, at - share
-            if at < 0:
-                break
-        return chosen
-
-
-class _Source(_Section):
-    max_pixels: Annotated[int, Field(gt=0)] = MAX_PIXELS  # width * height of an image; more are quarantined
-    max_quarantine_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05  # more of all records fail the stage
-
-
-class DigitsSource(_Source):
-    """The 1,797 handwritten digits inside scikit-learn (8x8, grey), with personal data planted in the private split."""
-
-    kind: Literal["digits"]
-
-
-class IdxPart(_Part):
-    """A pair of MNIST-format files, plain or gzipped."""
-
-    images: str
-    labels: str
-
-
-class IdxSource(_Source):
-    """MNIST-format files of grey images; a class's name is its images' caption."""
-
-    kind: Literal["idx"]
-    parts: Annotated[tuple[IdxPart, ...], Field(min_length=1)]
-    class_names: Annotated[tuple[str, ...], Field(min_length=1)] = tuple("0123456789")
-
-
-class _Shaped(_Source):
-    """Without these, PNG and JPEG bytes are kept as they are and other formats become PNG."""
-
-    image_size: Annotated[int, Field(gt=0)] | None = None  # centre crop and resize to a square
-    channels: Literal[1, 3] | None = None  # convert to grey or RGB
-
-
-class FolderPart(_Part):
-    """A folder with one sub-folder a class, whose images may each have a NAME.txt (caption) beside NAME.png."""
-
-    folder: str
-
-
-class ImageFolderSource(_Shaped):
-    """Folders of images; the classes are the sub-folders' names, sorted, and the captions where no file has one."""
-
-    kind: Literal["image_folder"]
-    parts: Annotated[tuple[FolderPart, ...], Field(min_length=1)]
-
-
-class ShardPart(_Part):
-    """Existing WebDataset tars: a path or fsspec URL, with * for several."""
-
-    shards: str
-
-
-class WebDatasetSource(_Shaped):
-    """Existing WebDataset tars (KEY.png|jpg|..., KEY.cls, KEY.txt; `unit` of KEY.json names the privacy unit)."""
-
-    kind: Literal["webdataset"]
-    parts: Annotated[tuple[ShardPart, ...], Field(min_length=1)]
-    num_classes: Annotated[int, Field(gt=0)]
-
-
-SourceConfig = Annotated[
-    DigitsSource | IdxSource | ImageFolderSource | WebDatasetSource, Field(discriminator="kind")
-]  # fmt: skip
 
 
 class IngestConfig(Protocol):
@@ -185,27 +107,49 @@ class Quarantine:
 def ingest(config: IngestConfig, out_dir: Path, progress: Callable[[int, int | None], None]) -> dict[str, Any]:
     """Write a source's records to `out_dir/<split>` and return the stage's metrics.
 
+    Records with one key are all quarantined, for nothing says which of them is the right one: where there are any, the
+    source is read twice.
+
     metrics: splits -> {records, bytes, shards, root}, quarantined -> {reason: records}, num_classes, class_names.
-    Raises ValueError where a split is empty, a key comes twice, or more than `max_quarantine_fraction` of the records
-    were quarantined; then no split is written.
+    Raises ValueError where a split is empty, or more than `max_quarantine_fraction` of the records were quarantined;
+    then no split is written.
     """
+    metrics, twice = _ingest(config, out_dir, progress, frozenset())
+    if twice:
+        metrics, _ = _ingest(config, out_dir, progress, twice)
+    assert metrics is not None
+    return metrics
+
+
+def _ingest(
+    config: IngestConfig, out_dir: Path, progress: Callable[[int, int | None], None], twice: frozenset[str]
+) -> tuple[dict[str, Any] | None, frozenset[str]]:
+    """The metrics, where no key but those of `twice` comes twice; else none, and the keys that do."""
     source = config.source
     stream = SOURCES[source.kind](source, config.seed)
-    quarantine, seen = Quarantine(), 0
+    quarantine, keys, found, seen = Quarantine(), set[str](), set[str](), 0
     with ExitStack() as stack:
         writers = {split: ShardWriter(out_dir / split, split, config.shard_size) for split in stream.splits}
         for writer in writers.values():
             stack.enter_context(writer)
         for split, item in stream.items:
             seen += 1
-            if any(item.key in writer.keys for writer in writers.values()):
-                raise ValueError(f"record key {item.key!r} occurs twice in the source: keys must be unique")
-            passed = item if isinstance(item, Rejected) else _checked(item, source, stream.num_classes)
+            if item.key in twice:
+                passed = Rejected(item.key, "duplicate_key")
+            elif item.key in keys or found:  # then nothing of this reading stays
+                found.update({item.key} & keys)
+                keys.add(item.key)
+                continue
+            else:
+                passed = item if isinstance(item, Rejected) else _checked(item, source, stream.num_classes)
+            keys.add(item.key)
             if isinstance(passed, Rejected):
                 quarantine.add(split, passed.key, passed.reason)
             else:
                 writers[split].add(passed)
             progress(seen, stream.total)
+        if found:
+            return None, frozenset(found)
         listed = quarantine.write(out_dir)
         if not seen:
             raise ValueError(f"the {source.kind} source holds no records: check its paths")
@@ -223,22 +167,26 @@ def ingest(config: IngestConfig, out_dir: Path, progress: Callable[[int, int | N
         "quarantined": quarantine.reasons(),
         "num_classes": stream.num_classes,
         "class_names": stream.class_names,
-    }
+    }, twice
 
 
-def _checked(record: Record, source: _Source, num_classes: int) -> Record | Rejected:
+def _checked(record: Record, source: Source, num_classes: int) -> Record | Rejected:
     """The record as it will be stored, if its image decodes within the limits and its class exists."""
     if record.label is not None and not 0 <= record.label < num_classes:
         return Rejected(record.key, "class_out_of_range")
+    if len((record.caption or "").encode()) > MAX_CAPTION_BYTES:
+        return Rejected(record.key, "caption_too_long")
+    if not record.image:
+        return Rejected(record.key, "empty_image")
     try:
         image = open_image(record.image, source.max_pixels)
     except ImageError as error:
         return Rejected(record.key, error.reason)
-    shaped = isinstance(source, _Shaped) and (source.channels is not None or source.image_size is not None)
+    shaped = isinstance(source, ShapedSource) and (source.channels is not None or source.image_size is not None)
     if not shaped and stored_extension(record.image):
         return record
-    channels, size = (source.channels, source.image_size) if isinstance(source, _Shaped) else (None, None)
-    return Record(record.key, record.unit, encode_png(image, channels, size), record.label, record.caption)
+    channels, size = (source.channels, source.image_size) if isinstance(source, ShapedSource) else (None, None)
+    return replace(record, image=encode_png(image, channels, size))
 
 
 def plain_name(name: str) -> str:
@@ -306,14 +254,19 @@ def image_folder(config: ImageFolderSource, seed: int) -> Stream:
     def items() -> Iterator[tuple[Split, Record | Rejected]]:
         for number, part, path, relative in found:
             key = f"{number}/{plain_name(relative.with_suffix('').as_posix())}"
-            split, caption_file = part.split_of(key, seed), path.with_suffix(".txt")
-            name = relative.parts[0]
+            split, name = part.split_of(key, seed), relative.parts[0]
             try:
-                caption = caption_file.read_text("utf-8").strip() if caption_file.exists() else name.replace("_", " ")
+                if (image := _read_file(path)) is None:  # a link to nothing
+                    raise RecordError("unreadable_file")
+                caption = _read_file(path.with_suffix(".txt"))
+                svg = _read_file(path.with_suffix(".svg"))
+                told = name.replace("_", " ") if caption is None else caption.decode("utf-8").strip()
+            except RecordError as error:
+                yield split, Rejected(key, error.reason)
             except UnicodeDecodeError:
                 yield split, Rejected(key, "bad_caption")
-                continue
-            yield split, Record(key, key, path.read_bytes(), classes[name], caption)
+            else:
+                yield split, Record(key, key, image, classes[name], told, svg)
 
     return Stream(items(), _splits(config.parts), len(found), len(names), names)
 
@@ -331,17 +284,31 @@ def webdataset(config: WebDatasetSource, seed: int) -> Stream:
     def items() -> Iterator[tuple[Split, Record | Rejected]]:
         for part, files, tar in tars:
             with files.open(tar, "rb") as file:
-                for name, members in iter_tar(file, tar):
+                for name, members, reason in salvage_tar(file, tar):
                     key = plain_name(name)
                     try:
-                        record = parse_record(name, {extension: data for extension, (_, data) in members.items()})
+                        if reason is not None:
+                            raise RecordError(reason)
+                        record = parse_record(name, members)
                     except RecordError as error:
                         yield part.split_of(key, seed), Rejected(key, error.reason)
-                        continue
-                    unit = plain_name(record.unit)
-                    yield part.split_of(unit, seed), Record(key, unit, record.image, record.label, record.caption)
+                    else:
+                        unit = plain_name(record.unit)
+                        yield part.split_of(unit, seed), replace(record, key=key, unit=unit)
 
     return Stream(items(), _splits(config.parts), None, config.num_classes, None)
+
+
+def _read_file(path: Path) -> bytes | None:
+    """A file of a foreign folder, None where there is none. Raises RecordError."""
+    try:
+        if path.stat().st_size > MAX_MEMBER_BYTES:
+            raise RecordError("member_too_large")
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError:
+        raise RecordError("unreadable_file") from None
 
 
 SOURCES: Mapping[str, Callable[[Any, int], Stream]] = {
@@ -352,7 +319,7 @@ SOURCES: Mapping[str, Callable[[Any, int], Stream]] = {
 }
 
 
-def _splits(parts: tuple[_Part, ...]) -> tuple[Split, ...]:
+def _splits(parts: tuple[Part, ...]) -> tuple[Split, ...]:
     return tuple(dict.fromkeys(split for part in parts for split in part.splits))
 
 

@@ -22,9 +22,12 @@ from models.dit import DiTConfig
 from models.flow import Objective
 from privacy.audit import AuditReport, Claim, audit_run, write_report
 from privacy.empirical import EngineCheck
+from privacy.pii.policy import Policy
+from privacy.pii.report import write_filter_report
 from train.card import model_card, privacy_card
 from train.config import (
     AuditStage,
+    EvalPiiStage,
     EvalStage,
     ExportStage,
     FilterStage,
@@ -36,16 +39,18 @@ from train.config import (
 from train.data import ShardDataset
 from train.empirical import check_engine
 from train.evaluation import evaluate, image_grid, train_classifier, validation_loss
+from train.executors import run_job
 from train.extraction import find_copies
-from train.filtering import filter_shards, open_tools
+from train.filtering import filter_shards, open_tools, plan_filter
 from train.generation import build, generate
 from train.heartbeat import Heartbeat
 from train.loop import load_average, train
-from train.measurements import Row
+from train.measurements import Row, measurement
 from train.metrics import format_mfu
 from train.parallel import World, join_world
+from train.pii_evaluation import judge, measure_policy, missed, open_policy, pii_headline, recall_picture
 from train.progress import Progress
-from train.run_folder import RunFolder, digests, now
+from train.run_folder import RunFolder, digests, now, write_json
 from train.sources import ingest
 
 
@@ -140,25 +145,27 @@ def _ingest(stage: IngestStage, run: RunFolder, progress: Progress) -> Result:
 def _filter(stage: FilterStage, run: RunFolder, progress: Progress) -> Result:
     source, folder = run.read_manifest(stage.data_from), run.stage_folder(stage.name)
     assert source is not None
-    tools = open_tools(stage.policy, Path(stage.key_file) if stage.key_file else run.path / "secret.key")
-    metrics = filter_shards(
+    key_file = Path(stage.key_file) if stage.key_file else run.path / "secret.key"
+    job = plan_filter(
         run.path / stage.data_from,
         folder,
         list(source["metrics"]["splits"]),
         stage.policy,
-        tools,
-        progress,
+        key_file,
         duplicates=stage.duplicates,
         max_quarantine_fraction=stage.max_quarantine_fraction,
     )
+    metrics = filter_shards(job, lambda job: run_job(job, stage.executor, progress))
     headline = _records(metrics) | {"found in captions": _tally(metrics["entities"])}
-    if tools.images:
+    if job.image_entities:
         headline["found in images"] = _tally(metrics["boxes"])
     headline["stripped from images"] = _tally(metrics["metadata"])
     headline["dropped or quarantined"] = _tally(metrics["reasons"])
-    if tools.pseudonyms is not None:
-        headline["pseudonyms"] = f"key {tools.pseudonyms.key_id}"
-    return Result(metrics | {"headline": headline}, digests([folder / "quarantine.jsonl"]))
+    if job.pseudonym_key_id is not None:
+        headline["pseudonyms"] = f"key {job.pseudonym_key_id}"
+    report = write_filter_report(folder, stage.name, metrics, stage.policy, open_tools(stage.policy, key_file))
+    headline["report"] = str(report)
+    return Result(metrics | {"headline": headline}, digests([folder / "quarantine.jsonl", report]))
 
 
 def _records(metrics: Mapping[str, Any]) -> dict[str, str]:
@@ -264,6 +271,44 @@ def _quality(source: str, figures: Mapping[str, Any], grid: Path) -> dict[str, s
         f"{source}: validation loss": f"{figures['validation_loss']:.4f}",
         f"{source}: samples": str(grid),
     }
+
+
+def _eval_pii(stage: EvalPiiStage, run: RunFolder, progress: Progress) -> Result:
+    """What the policy's detectors find of what is planted; raises where a threshold is missed, the figures written."""
+    folder, policy = run.stage_folder(stage.name), _measured_policy(stage, run)
+    tools = open_policy(policy)
+    figures = measure_policy(
+        policy,
+        tools,
+        captions=stage.captions,
+        pictures=stage.pictures,
+        seed=stage.seed,
+        progress=lambda part: progress(0, None, part),
+    )
+    rows = judge(stage.name, figures, stage.at_least, stage.at_most)
+    write_json(folder / "figures.json", measurement(rows))
+    picture = recall_picture(figures, stage.at_least, folder / "recall.png", f"{run.recipe}: {stage.name}")
+    num_thresholds = len(stage.at_least) + len(stage.at_most)
+    if failed := missed(rows):
+        raise ValueError(
+            f"{len(failed)} of {num_thresholds} thresholds missed: {'; '.join(failed)}; all figures are in "
+            f"{folder / 'figures.json'}"
+        )
+    headline = pii_headline(figures) | {"thresholds": f"all {num_thresholds} met", "picture": str(picture)}
+    detectors = {detector.name: detector.version for detector in (*tools.texts, *tools.images)}
+    metrics = {"headline": headline, "rows": rows, "detectors": detectors, "policy_sha256": policy.digest()}
+    return Result(metrics, digests([folder / "figures.json", picture]), {"eval_pii": stage.seed})
+
+
+def _measured_policy(stage: EvalPiiStage, run: RunFolder) -> Policy:
+    if stage.policy is not None:
+        return stage.policy
+    manifest = run.read_manifest(stage.data_from or "")
+    if manifest is None or manifest["kind"] != FilterStage.kind:
+        raise ValueError(
+            f"data_from of {stage.name} is {stage.data_from}: name a filter stage, whose policy is measured"
+        )
+    return FilterStage(**manifest["config"]).policy
 
 
 def _audit(stage: AuditStage, run: RunFolder, progress: Progress) -> Result:
@@ -388,6 +433,7 @@ STAGES: dict[type[StageConfig], Callable[[Any, RunFolder, Progress], Result]] = 
     IngestStage: _ingest,
     FilterStage: _filter,
     EvalStage: _eval,
+    EvalPiiStage: _eval_pii,
     AuditStage: _audit,
     ExportStage: _export,
 }

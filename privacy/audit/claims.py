@@ -15,6 +15,7 @@ from privacy import accounting
 from privacy.audit.charges import Charges, StageCharges
 from privacy.audit.evidence import Manifest, PaidCheckpoint, RunEvidence, identity_sha256
 from privacy.ledger import LedgerView, StageTally
+from privacy.pii.manifests import OUTCOMES, ManifestError, verify_manifests, verify_shards
 
 # Two machines' FFTs may differ in the last digits of one epsilon; more than this is another number.
 SAME_EPSILON = 1e-6
@@ -59,6 +60,50 @@ def link_claims(evidence: RunEvidence) -> list[Claim]:
     if evidence.damaged:
         claims.append(Claim("every checkpoint's manifest can be read", False, "; ".join(evidence.damaged)))
     return claims
+
+
+def filter_claims(evidence: RunEvidence, *, shards: bool) -> list[Claim]:
+    """What each filter stage says of its shards, against their manifests and, where they lie here, every byte of them.
+
+    A stage of an older run names no Merkle root, and then there is nothing to claim.
+    """
+    claims: list[Claim] = []
+    for manifest in evidence.manifests:
+        root = manifest.section("metrics").get("shards_root")
+        if isinstance(root, str):
+            claim = f"the shards of {manifest.stage} are those that its Merkle root binds"
+            try:
+                claims.append(Claim(claim, True, _verify_shards(manifest, root, read=shards)))
+            except ManifestError as error:
+                claims.append(Claim(claim, False, str(error)))
+    return claims
+
+
+def _verify_shards(manifest: Manifest, root: str, *, read: bool) -> str:
+    """What was seen; ManifestError where the shards, their manifests, the root and the splits' roots do not agree."""
+    folder = manifest.path.parent
+    found = verify_manifests(folder, root)
+    seen = f"root {short(root)} recomputed from {len(found)} shard manifests"
+    splits = manifest.section("metrics", "splits")
+    if set(splits) != {one.split for one in found}:
+        raise ManifestError(f"{manifest.path} names splits {', '.join(splits)}, and its shard manifests name others")
+    for split in splits:
+        stated = manifest.section("metrics", "splits", split)
+        for outcome in ("in", *OUTCOMES):
+            counted = sum(one.counts[outcome] for one in found if one.split == split)
+            if stated.get(outcome) != counted:
+                raise ManifestError(
+                    f"{manifest.path} says {stated.get(outcome)} records of {split} {outcome}, and its shard "
+                    f"manifests add up to {counted}"
+                )
+    if not read or not any(folder.glob("[!.]*/*.tar")):
+        return f"{seen}; the shards were not read" + (": they are not here" if read else "")
+    for split, records in verify_shards(folder, found).items():
+        stated = manifest.section("metrics", "splits", split).get("root")
+        if records != stated:
+            raise ManifestError(f"the records of split {split} have root {records}, and {manifest.path} names {stated}")
+    kept = sum(one.counts["kept"] for one in found)
+    return f"{seen}, and from every byte of the {kept:,} records in them"
 
 
 def ledger_claims(view: LedgerView, evidence: RunEvidence, pinned: str | None, every_signature: bool) -> list[Claim]:
@@ -152,6 +197,7 @@ def stage_claims(view: LedgerView, charges: Charges, evidence: RunEvidence, mani
         _steps_claim(manifest, tally),
         _epsilon_claim(view, manifest, plan),
         _dataset_claim(view, evidence, manifest),
+        *_filtered_claims(plan, evidence, manifest),
         _code_claim(manifest, charges.stages.get(label, StageCharges())),
     ]
 
@@ -253,6 +299,30 @@ def _dataset_claim(view: LedgerView, evidence: RunEvidence, manifest: Manifest) 
         written == charged,
         f"ledger {short(charged)}, {split} split of {source} {short(written)}",
     )
+
+
+def _filtered_claims(plan: Mapping[str, Any], evidence: RunEvidence, manifest: Manifest) -> list[Claim]:
+    """The Merkle root in plan and checkpoints is the one of the filter stage; nothing where neither names any."""
+    source = manifest.section("config").get("data_from")
+    writer = evidence.manifest(source)
+    written = None if writer is None else writer.section("metrics").get("shards_root")
+    saved = {
+        checkpoint.folder: checkpoint.shards_root
+        for checkpoint in evidence.checkpoints
+        if checkpoint.stage == manifest.stage
+    }
+    planned = plan.get("shards_root")
+    if not any([planned, *saved.values()]) and (written is None or "shards_root" not in plan):
+        return []  # not filtered, or before filters had one
+    wrong = [f"{name} names {short(root)}" for name, root in saved.items() if root != written]
+    return [
+        Claim(
+            f"the ledger and the checkpoints of {manifest.stage} name the filtered shards it was trained on",
+            planned == written and not wrong,
+            f"planned {short(planned)}, {source} {short(written)}; "
+            + ("; ".join(wrong) or f"{len(saved)} checkpoints name it"),
+        )
+    ]
 
 
 def _code_claim(manifest: Manifest, stage: StageCharges) -> Claim:

@@ -5,7 +5,7 @@
     RUN/<stage>/checkpoints/step-*/MANIFEST.json        of every committed checkpoint
     RUN/ledger.jsonl                                    or wherever the manifests say
 
-Only these are read: no weights, no data, no secret.
+Only these are read: no weights, no secret, and of the data only a filter stage's shards, where they lie (`claims`).
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ class PaidCheckpoint:
     step: int
     head: str
     config_sha256: str
+    shards_root: str | None  # of the filtered shards it was trained on; None in a save that does not say
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,9 @@ def _read_checkpoint(path: Path) -> PaidCheckpoint | None:
     if head is None:
         return None
     folder, stage = path.parent, path.parents[2].name
-    return PaidCheckpoint(stage, folder.name, int(body["step"]), str(head), str(state["config_sha256"]))
+    root = state.get("shards_root")
+    shards_root = None if root is None else str(root)
+    return PaidCheckpoint(stage, folder.name, int(body["step"]), str(head), str(state["config_sha256"]), shards_root)
 
 
 def _read_run_id(path: Path) -> str | None:

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
@@ -17,58 +15,25 @@ from pathlib import Path
 from privacy.audit.claims import short
 from privacy.audit.figure import draw
 from privacy.audit.report import AuditReport, CrossCheck, Spending, StageSpending
+from privacy.pages import document, items, write_whole
 
 JSON_FILE, HTML_FILE = "audit.json", "audit.html"
 FALSE_ACCUSATIONS = 0.01  # the rate at which the page tells what an attacker's guess is worth
 ALMOST_ALL = 0.999
-
-STYLE = """
-@page { size: A4; margin: 11mm 14mm; }
-* { box-sizing: border-box; }
-body { font: 9pt/1.33 "Helvetica Neue", Arial, "Liberation Sans", "DejaVu Sans", sans-serif; color: #111;
-       max-width: 182mm; margin: 8mm auto; padding: 0 4mm; }
-h1 { font-size: 17pt; margin: 0; }
-h2 { font-size: 10.5pt; margin: 3.5mm 0 1.2mm; border-bottom: 0.4mm solid #111; padding-bottom: 0.6mm;
-     break-after: avoid; }
-p, ul { margin: 0 0 1.5mm; }
-ul { padding-left: 4.5mm; }
-li { margin-bottom: 0.5mm; break-inside: avoid; }
-table { border-collapse: collapse; width: 100%; }
-th, td { text-align: left; vertical-align: top; padding: 0.6mm 2.5mm 0.6mm 0; border-bottom: 0.2mm solid #bbb; }
-th { font-weight: 600; }
-thead th { border-bottom: 0.3mm solid #111; }
-tr { break-inside: avoid; }
-thead { display: table-header-group; }
-.where { color: #444; }
-.verdict { border: 0.7mm solid #111; padding: 2.5mm 4mm; margin: 3mm 0; font-size: 13pt; font-weight: 600; }
-.verdict.false { border-width: 1.6mm; }
-.two { display: grid; grid-template-columns: 1fr 1fr; gap: 0 7mm; }
-.two h2 { margin-top: 2mm; }
-.name { white-space: nowrap; }
-.number { text-align: right; white-space: nowrap; }
-.mark { white-space: nowrap; font-weight: 600; width: 16mm; }
-.facts th { width: 38mm; }
-.small, code { font-size: 8pt; }
-code { font-family: "DejaVu Sans Mono", "Liberation Mono", monospace; overflow-wrap: anywhere; }
-td { overflow-wrap: anywhere; }
-figure { margin: 2mm 0 0; break-inside: avoid; }
-svg { width: 100%; height: auto; display: block; }
-@media print { body { margin: 0; padding: 0; max-width: none; } }
-"""
 
 
 def write_report(report: AuditReport, folder: Path) -> tuple[Path, Path]:
     """Write audit.json and audit.html into `folder`, each whole or not at all; returns where they are."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = folder / JSON_FILE, folder / HTML_FILE
-    _write(paths[0], json.dumps(report.as_dict(), indent=2, allow_nan=False) + "\n")
+    write_whole(paths[0], json.dumps(report.as_dict(), indent=2, allow_nan=False) + "\n")
     write_page(report, paths[1])
     return paths
 
 
 def write_page(report: AuditReport, path: Path) -> None:
     """Write the page alone."""
-    _write(path, render(report))
+    write_whole(path, render(report))
 
 
 def render(report: AuditReport) -> str:
@@ -76,14 +41,9 @@ def render(report: AuditReport) -> str:
     body = _heading(report)
     if report.spending is not None:
         body += _meaning(report.spending) + _spent(report.spending)
-        body += f"<figure>{draw(report)}</figure>\n" + _stages(report.stages)
+        body += f'<figure class="drawn">{draw(report)}</figure>\n' + _stages(report.stages)
     body += _claims(report) + _attacks(report) + _caveats(report) + _repeat(report)
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>Privacy audit of {escape(Path(report.run).name)}</title>\n<style>{STYLE}</style>\n</head>\n"
-        f"<body>\n{body}</body>\n</html>\n"
-    )
+    return document(f"Privacy audit of {Path(report.run).name}", body)
 
 
 # --- the parts of the page ---
@@ -124,8 +84,8 @@ def _meaning(spent: Spending) -> str:
     ]
     return (
         '<div class="two">\n'
-        f"<div><h2>What it means</h2><ul>{_items(means)}</ul></div>\n"
-        f"<div><h2>What it does not mean</h2><ul>{_items(not_means)}</ul></div>\n</div>\n"
+        f"<div><h2>What it means</h2><ul>{items(means)}</ul></div>\n"
+        f"<div><h2>What it does not mean</h2><ul>{items(not_means)}</ul></div>\n</div>\n"
     )
 
 
@@ -136,7 +96,7 @@ def _attacks(report: AuditReport) -> str:
         "extraction": "Samples that are copies of training images",
     }
     found = [f"{texts[name]}: {escape(str(attack.get('verdict')))}" for name, attack in report.attacks.items()]
-    return f"<h2>Attacks that were tried</h2><ul>{_items(found)}</ul>\n" if found else ""
+    return f"<h2>Attacks that were tried</h2><ul>{items(found)}</ul>\n" if found else ""
 
 
 def _strength(epsilon: float) -> str:
@@ -227,8 +187,8 @@ def _claims(report: AuditReport) -> str:
 def _caveats(report: AuditReport) -> str:
     if not report.caveats:
         return ""
-    items = _items(map(escape, report.caveats))
-    return f"<h2>What to know: what the guarantee leaves out or assumes</h2>\n<ul>{items}</ul>\n"
+    caveats = items(map(escape, report.caveats))
+    return f"<h2>What to know: what the guarantee leaves out or assumes</h2>\n<ul>{caveats}</ul>\n"
 
 
 def _repeat(report: AuditReport) -> str:
@@ -241,28 +201,9 @@ def _repeat(report: AuditReport) -> str:
     )
 
 
-def _items(texts: Iterable[str]) -> str:
-    return "".join(f"<li>{text}</li>" for text in texts)
-
-
 def _relation(relation: str) -> str:
     return "adding or removing it" if relation == "add_or_remove_one" else relation
 
 
 def _factor(epsilon: float) -> str:
     return f"{math.exp(epsilon):,.3g}" if epsilon < 7 else f"10<sup>{epsilon / math.log(10):.1f}</sup>"
-
-
-def _write(path: Path, text: str) -> None:
-    """A reader sees the old page or the new one, never half of one."""
-    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(aside).chmod(0o644)
-        Path(aside).replace(path)
-    except BaseException:
-        Path(aside).unlink(missing_ok=True)
-        raise

@@ -1,7 +1,8 @@
 """The audit of a run folder: what its ledger spent, recomputed from nothing else, and whether its manifests agree.
 
 What is read was written by the run; what is concluded rests on the ledger's chain and signatures, the hashes in the
-manifests and the accountants. No weights, no data and no secret are needed, and torch is not loaded.
+manifests, the bytes of the filtered shards where they lie, and the accountants. No weights and no secret are needed,
+nor the data, and torch is not loaded.
 """
 
 from __future__ import annotations
@@ -16,7 +17,15 @@ from privacy import accounting
 from privacy.accounting import Accountant
 from privacy.accounting.tally import Tally
 from privacy.audit.charges import Charges, StageCharges, read_charges
-from privacy.audit.claims import SAME_EPSILON, Claim, checkpoint_claims, ledger_claims, link_claims, stage_claims
+from privacy.audit.claims import (
+    SAME_EPSILON,
+    Claim,
+    checkpoint_claims,
+    filter_claims,
+    ledger_claims,
+    link_claims,
+    stage_claims,
+)
 from privacy.audit.evidence import RunEvidence, read_run
 from privacy.ledger import LedgerError, LedgerView, read_ledger
 
@@ -116,14 +125,18 @@ class AuditReport:
         return {"verdict": self.verdict, "exit_code": self.exit_code, **asdict(self)}
 
 
-def audit_run(run_dir: Path, *, public_key: str | None = None, every_signature: bool = False) -> AuditReport:
+def audit_run(
+    run_dir: Path, *, public_key: str | None = None, every_signature: bool = False, shards: bool = True
+) -> AuditReport:
     """Audit a run folder, finished or not; UnreadableRunError where there is nothing that can be audited.
 
     public_key: hex of the key that the auditor knows from elsewhere; without it, the run's own word is taken.
     every_signature: verify the signature of each record, and not only of the last and of each change of key.
+    shards: read every byte of the filtered shards that lie in the run folder; else their manifests alone.
     """
     evidence = read_run(run_dir)
-    report = AuditReport(str(run_dir), claims=link_claims(evidence), filtered=_filtered(evidence))
+    claims = link_claims(evidence) + filter_claims(evidence, shards=shards)
+    report = AuditReport(str(run_dir), claims=claims, filtered=_filtered(evidence))
     report.configs = {manifest.stage: manifest.section("config") for manifest in evidence.manifests}
     for manifest in evidence.manifests:
         report.attacks |= {name: found for name in ATTACKS if (found := manifest.section("metrics", name))}

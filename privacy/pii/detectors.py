@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+from privacy.pii.adapters import GlinerDetector, PresidioDetector
 from privacy.pii.faces import FaceDetector
-from privacy.pii.findings import ImageDetector, MissingDetector, TextDetector
+from privacy.pii.findings import ImageDetector, TextDetector
 from privacy.pii.image_text import ImageTextDetector
+from privacy.pii.names import open_names
 from privacy.pii.patterns import PatternDetector
 from privacy.pii.policy import Policy
 
@@ -16,6 +18,9 @@ Settings = Mapping[str, Any]
 
 TEXT_DETECTORS: Mapping[str, Callable[[Settings], TextDetector]] = MappingProxyType({
     "patterns": lambda settings: PatternDetector(**settings),
+    "names": lambda settings: open_names(**settings),
+    "presidio": lambda settings: PresidioDetector(**settings),
+    "gliner": lambda settings: GlinerDetector(**settings),
 })  # fmt: skip
 
 # Those of images are given the open detectors of texts, which judge what is read.
@@ -31,12 +36,5 @@ def open_detectors(policy: Policy) -> tuple[tuple[TextDetector, ...], tuple[Imag
 
     Raises MissingDetector where one cannot be opened here.
     """
-    opened = (*TEXT_DETECTORS, *IMAGE_DETECTORS)
-    for name in policy.detectors:
-        if name not in opened:
-            raise MissingDetector(
-                f"policy.detectors names {name!r}, which cannot be opened yet: leave it out of policy.detectors; those "
-                f"that open are {', '.join(opened)}"
-            )
     texts = tuple(TEXT_DETECTORS[name](policy.settings(name)) for name in policy.text_detectors)
     return texts, tuple(IMAGE_DETECTORS[name](policy.settings(name), texts) for name in policy.image_detectors)

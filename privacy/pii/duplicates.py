@@ -33,6 +33,8 @@ _MINIMA = 64
 _CROWD = 64  # records that share a key; more are told apart by their captions first
 _CROWD_BANDS = 4  # of the minima
 _AT_ONCE = 1 << 22  # pairs compared at a time
+_TOLD_EVERY = 1 << 20
+_LEAST_CONTRAST = 8.0  # of 255: of a plain texture, storing it again changes as much as a tenth of that
 _FIELDS = [
     ("exact", "<u8", (2,)), ("perceptual", "<u8", (2,)), ("colours", "u1", (192,)), ("side", "<u4"),
     ("caption", "<u4", (_MINIMA,)),
@@ -49,7 +51,9 @@ class DuplicatesConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     image_bits: Annotated[int, Field(ge=0, le=16)] = 10  # of 128 that may differ
-    colour_difference: Annotated[float, Field(ge=0, le=1)] = 0.15  # of the mean colours, as a share of their contrast
+    # Root mean square of that of the mean colours, as a share of their contrast. A copy that was stored again as a JPEG
+    # or at half size differs by less; a clock at another hour and a card of another suit by more (docs/sharp_edges.md).
+    colour_difference: Annotated[float, Field(ge=0, lt=1)] = 0.07
     caption_similarity: Annotated[float, Field(gt=0, le=1)] = 0.7  # Jaccard, estimated to about .06
     # Pixels. Smaller images hold too little to tell a copy from a likeness: they are near where their bytes are equal.
     smallest_side: Annotated[int, Field(ge=1)] = 32
@@ -163,14 +167,17 @@ def caption_minima(caption: str) -> NDArray[np.uint32]:
     return (hashed >> np.uint64(32)).min(axis=0).astype(np.uint32)
 
 
-def find_duplicates(parts: Sequence[Signatures], config: DuplicatesConfig) -> Duplicates:
+def find_duplicates(
+    parts: Sequence[Signatures], config: DuplicatesConfig, progress: Callable[[int, int | None], None] | None = None
+) -> Duplicates:
     """Of records that are near each other keep the one whose key comes first, and give for the others which it is.
 
     Guarantee: a record is dropped only where it is near the one kept for it, and not as a copy of a copy: a series of
     pictures, each near the next, keeps as many as it takes. The same whatever the order of parts and records. Every
     pair of images within `image_bits` is compared, unless a crowd shares all that the two share (a placeholder with
     other words each time): then those with the same words are, and of those whose minima agree in a share s about
-    1 - (1 - s^16)^4 (.9 at s = .95), or the work would grow with the crowd's square.
+    1 - (1 - s^16)^4 (.9 at s = .95), or the work would grow with the crowd's square. `progress` (done, of all) is
+    called at least every few million pairs compared.
 
     report: records, groups, dropped, dropped_exact (same bytes, same caption as the one that is kept), largest_group,
     same_image_other_caption (kept beside a kept record of the same bytes), small and undecoded (compared by bytes).
@@ -182,7 +189,7 @@ def find_duplicates(parts: Sequence[Signatures], config: DuplicatesConfig) -> Du
     for first, second in itertools.pairwise(keys):
         if first == second:
             raise ValueError(f"record key {first!r} occurs twice: keys must be unique in a split")
-    kept_for = _kept_for(made, config)
+    kept_for = _kept_for(made, config, progress or (lambda _done, _of: None))
     firsts: list[int] = kept_for.tolist()
     kept = np.flatnonzero(kept_for == np.arange(len(made)))
     dropped = np.flatnonzero(kept_for != np.arange(len(made)))
@@ -205,39 +212,62 @@ def find_duplicates(parts: Sequence[Signatures], config: DuplicatesConfig) -> Du
     )
 
 
-def _kept_for(made: Signatures, config: DuplicatesConfig) -> _Indices:
+def _kept_for(made: Signatures, config: DuplicatesConfig, progress: Callable[[int, int | None], None]) -> _Indices:
     """For each record the one that is kept for it, itself or an earlier one."""
     hashed = made["side"] >= config.smallest_side
     image = np.where(hashed[:, None], made["perceptual"], made["exact"])
     same = _same(hashed, image, made["colours"], made["caption"])
     alone = np.flatnonzero(same == np.arange(len(made)))  # one of those that are the same in all
 
+    contrast = _contrasts(made["colours"])
+    num_keys, done, seen = math.comb(_num_chunks(config.image_bits), 2) + 1, 0, 0
+
+    def tell(pairs: _Indices) -> None:
+        nonlocal seen
+        seen += pairs.shape[1]
+        if seen >= _TOLD_EVERY:
+            progress(done, num_keys)
+            seen = 0
+
     def near(pairs: _Indices) -> NDArray[np.bool_]:
         one, other = pairs
         most_bits = np.where(hashed[one] & hashed[other], config.image_bits, 0)
         result = np.bitwise_count(image[one] ^ image[other]).sum(axis=1) <= most_bits
-        for alike in (_colours_alike, _captions_alike):
+        for alike in (colours_alike, captions_alike):
             left = np.flatnonzero(result)
-            result[left] = alike(made[one[left]], made[other[left]], config)
+            result[left] = alike(one[left], other[left])
         return result
 
+    def colours_alike(one: _Indices, other: _Indices) -> NDArray[np.bool_]:
+        # Squares, in which one cell that is another weighs more than a little in all of them; exact in float32.
+        difference = made["colours"][one].astype(np.float32) - made["colours"][other]
+        most = np.maximum(_LEAST_CONTRAST, np.maximum(contrast[one], contrast[other])) * config.colour_difference
+        return np.einsum("nc,nc->n", difference, difference) <= 192 * np.square(most)
+
+    def captions_alike(one: _Indices, other: _Indices) -> NDArray[np.bool_]:
+        return (made["caption"][one] == made["caption"][other]).mean(axis=1) >= config.caption_similarity
+
     root = np.arange(len(made))
-    by_hash, by_bytes = alone[hashed[alone]], alone[~hashed[alone]]
-    for members, keys in (
-        (by_hash, _chunk_keys(image[by_hash], config.image_bits)),
-        (by_bytes, iter([image[by_bytes, 0]])),
-    ):
-        for key in keys:
-            for pairs in _pairs(key, members, made["caption"], root):
-                unjoined = pairs[:, root[pairs[0]] != root[pairs[1]]]
-                _join(root, unjoined[:, near(unjoined)])
+    level, reach = made["colours"].mean(axis=1, dtype=np.float64), _reach(contrast, config)
+    by_level = alone[np.argsort(level[alone], kind="stable")]
+    by_hash, by_bytes = by_level[hashed[by_level]], by_level[~hashed[by_level]]
+    hash_keys = ((by_hash, key) for key in _chunk_keys(image[by_hash], config.image_bits))
+    for members, key in itertools.chain(hash_keys, [(by_bytes, image[by_bytes, 0])]):
+        for pairs in _pairs(key, members, made["caption"], root, level, reach):
+            unjoined = pairs[:, root[pairs[0]] != root[pairs[1]]]
+            _join(root, unjoined[:, near(unjoined)])
+            tell(pairs)
+        done += 1
+        progress(done, num_keys)
 
     kept_for = np.arange(len(made))
     _, groups, starts, lengths = _sorted_runs(root[alone], alone)
     for start, length in zip(starts[lengths > 1].tolist(), lengths[lengths > 1].tolist(), strict=True):
         left = groups[start : start + length]
         while len(left):
-            of_first = near(np.stack([np.full_like(left, left[0]), left]))
+            pairs = np.stack([np.full_like(left, left[0]), left])
+            of_first = near(pairs)
+            tell(pairs)
             kept_for[left[of_first]] = left[0]
             left = left[~of_first]
     return kept_for[same]
@@ -254,16 +284,21 @@ def _same(*columns: NDArray[np.generic]) -> _Indices:
     return first[inverse]
 
 
-def _colours_alike(one: Signatures, other: Signatures, config: DuplicatesConfig) -> NDArray[np.bool_]:
-    """Whether colours differ by little of what those of the image with more contrast differ from their own mean."""
-    a, b = (side["colours"].reshape(len(side), 64, 3).astype(np.float32) for side in (one, other))
-    contrasts = [np.abs(side - side.mean(axis=1, keepdims=True)).mean(axis=(1, 2)) for side in (a, b)]
-    contrast = np.maximum(2.0, np.maximum(*contrasts))  # of 255: the noise of a plain image is no contrast
-    return np.abs(a - b).mean(axis=(1, 2)) <= config.colour_difference * contrast
+def _contrasts(colours: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """[n]: the root mean square by which each image's colours differ from their own mean. Exact: sums of integers."""
+    squares = np.einsum("nc,nc->n", colours, colours, dtype=np.int64)
+    sums = colours.reshape(-1, 64, 3).sum(axis=1, dtype=np.int64)
+    return np.sqrt((squares - np.square(sums).sum(axis=1) / 64) / 192)
 
 
-def _captions_alike(one: Signatures, other: Signatures, config: DuplicatesConfig) -> NDArray[np.bool_]:
-    return (one["caption"] == other["caption"]).mean(axis=1) >= config.caption_similarity
+def _reach(contrast: NDArray[np.float64], config: DuplicatesConfig) -> NDArray[np.float64]:
+    """[n]: by how much the mean colour of an image of like colours can be another: what spares most comparisons.
+
+    Neither means nor contrasts differ by more than the root mean square r of the differences; so where r is at most a
+    share d of the larger contrast, that is at most the smaller one / (1 - d).
+    """
+    largest = np.maximum(_LEAST_CONTRAST, contrast / (1 - config.colour_difference))
+    return config.colour_difference * largest + 1e-6  # rounding
 
 
 def _chunk_keys(image: NDArray[np.uint64], image_bits: int) -> Iterator[NDArray[np.uint64]]:
@@ -272,7 +307,7 @@ def _chunk_keys(image: NDArray[np.uint64], image_bits: int) -> Iterator[NDArray[
     The hash is cut into image_bits + 2 chunks, of which the differing bits leave two whole: each pair of chunks is a
     key. A chunk takes its bits from all over the image, or a plain margin would be a chunk that very many share.
     """
-    count = max(4, image_bits + 2)  # two chunks fit into 64 bits
+    count = _num_chunks(image_bits)
     chunks = np.zeros((count, len(image)), np.uint64)
     for bit in range(HASH_BITS):
         word, place = divmod(bit, 64)
@@ -283,13 +318,25 @@ def _chunk_keys(image: NDArray[np.uint64], image_bits: int) -> Iterator[NDArray[
         yield one << np.uint64(32) | other
 
 
+def _num_chunks(image_bits: int) -> int:
+    return max(4, image_bits + 2)  # two chunks fit into 64 bits
+
+
 def _pairs(
-    key: NDArray[np.uint64], members: _Indices, minima: NDArray[np.uint32], root: _Indices
+    key: NDArray[np.uint64],
+    members: _Indices,
+    minima: NDArray[np.uint32],
+    root: _Indices,
+    level: NDArray[np.float64],
+    reach: NDArray[np.float64],
 ) -> Iterator[_Indices]:
-    """Pairs [2, ...] of members whose keys are equal; in a crowd, those that share a band of minima too."""
+    """Pairs [2, ...] of members, sorted by level, whose keys are equal and whose levels lie within the lower's reach.
+
+    In a crowd, those that share a band of minima too.
+    """
     key, members, starts, lengths = _sorted_runs(key, members)
     crowded = np.repeat(lengths > _CROWD, lengths)
-    yield from _runs(key[~crowded], members[~crowded])
+    yield from _runs(key[~crowded], members[~crowded], level, reach)
     crowd_key, crowd = key[crowded], members[crowded]
     for columns in np.split(np.arange(_MINIMA), _CROWD_BANDS):
         mixed = crowd_key
@@ -302,7 +349,7 @@ def _pairs(
         first = root[members]
         joined = np.minimum.reduceat(first, starts) == np.maximum.reduceat(first, starts)
         open_still = ~np.repeat(joined, lengths)
-        yield from _runs(mixed[open_still], members[open_still])
+        yield from _runs(mixed[open_still], members[open_still], level, reach)
 
 
 def _sorted_runs(key: NDArray[_Key], members: _Indices) -> tuple[NDArray[_Key], _Indices, _Indices, _Indices]:
@@ -313,13 +360,16 @@ def _sorted_runs(key: NDArray[_Key], members: _Indices) -> tuple[NDArray[_Key], 
     return key, members[order], starts, np.diff(starts, append=len(key))
 
 
-def _runs(key: NDArray[np.uint64], members: _Indices) -> Iterator[_Indices]:
-    """All pairs [2, ...] of members whose keys, which are sorted, are equal; at most _AT_ONCE at a time."""
+def _runs(
+    key: NDArray[np.uint64], members: _Indices, level: NDArray[np.float64], reach: NDArray[np.float64]
+) -> Iterator[_Indices]:
+    """Pairs [2, ...] of members whose keys, which are sorted, are equal, within reach; at most _AT_ONCE at a time."""
+    level, highest = level[members], level[members] + reach[members]
     for start in range(0, len(key), _AT_ONCE):
         here = np.arange(start, min(start + _AT_ONCE, len(key)))
         for step in itertools.count(1):
             here = here[here + step < len(key)]
-            here = here[key[here] == key[here + step]]
+            here = here[(key[here] == key[here + step]) & (level[here + step] <= highest[here])]
             if not len(here):
                 break
             yield np.stack([members[here], members[here + step]])

@@ -208,7 +208,8 @@ def dialled(regions: tuple[str, ...]) -> Dialled:
 
 _DIGITS = re.compile(r"\d+(?:[ .-]{1,2}\d+)*")
 _CARD_WORD = re.compile(
-    r"(?:card|visa|master|amex|credit|debit|karte|carte|tarjeta|carta|cart[aã]o|kaart|kort|カード)[^\d\n]{0,24}$"
+    r"(?:(?<!business[ -])(?<!\bid[ -])(?<!identity[ -])(?<!post)card|(?<!visiten)karte|visa|master|amex|credit|debit"
+    r"|carte|tarjeta|carta|cart[aã]o|kaart|kort|カード)[^\d\n]{0,24}$"
 )
 # First digits and lengths by network. Source: ISO/IEC 7812-1 and the networks' published ranges.
 _ISSUED = re.compile(

@@ -246,7 +246,8 @@ _NOT_HOME = frozenset({"public", "shared", "default", "all", "guest"})
 _HOME = re.compile(
     r"(?<![\w./\\~-])(?:file:/{1,3}|\\\\(?=\w))?(?:[A-Za-z]:)?(?:(?:[\\/][\w.$-]{1,64}){0,4}?)"
     r"[\\/]{1,2}(?:home|users|documents and settings)[\\/]{1,2}(?P<user>[^\s\\/:*?\"'<>|,;()\[\]]{1,64}"
-    r"(?: [^\s\\/:*?\"'<>|,;()\[\]]{1,64}(?=\\))?)(?:[\\/]{1,2}[^\s\\/:*?\"'<>|,;()\[\]]{0,255})*",
+    r"(?: [^\s\\/:*?\"'<>|,;()\[\]]{1,64}(?=\\))?)"
+    r"(?:[\\/]{1,2}[^\s\\/:*?\"'<>|,;()\[\]]{0,255}(?: [^\s\\/:*?\"'<>|,;()\[\]]{1,64}(?=\\))?)*",
     re.IGNORECASE,
 )
 _MIXED_NAME = r" (?=[\w.-]{0,31}[\d_])(?=[\w.-]{0,31}[^\W\d_])"  # jane_roe, jane7
@@ -359,9 +360,9 @@ DETECTORS: Mapping[str, Detector] = {
     "url": Detector("url", "1", _urls, signs=("/",)),
     "email": Detector("email", "2", _emails, signs=("@",)),
     "hidden_email": Detector("email", "1", _hidden_emails, signs=("at)", "at]", "at}", "at>", "at )", "at ]")),
-    "home_path": Detector("home_path", "1", _home_paths, signs=("home", "users", "documents and")),
+    "home_path": Detector("home_path", "2", _home_paths, signs=("home", "users", "documents and")),
     "iban": Detector("iban", "2", ibans, digits=10),
-    "card": Detector("card", "2", cards, digits=12),
+    "card": Detector("card", "3", cards, digits=12),
     "ssn": Detector("ssn", "2", ssns, digits=9),
     "announced_ssn": Detector("ssn", "2", announced_ssns, signs=("ssn", "soc"), digits=9),
     "national_id": Detector("national_id", "1", national_ids, digits=6),

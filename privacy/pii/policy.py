@@ -7,6 +7,9 @@ thresholds: {person: {certain: 0.7, possible: 0.4}}
 uncertain: drop
 box_margin: 0.1
 pseudonyms: {key_id: 0123456789abcdef}
+names: {model: FOLDER, digest: SHA256}           # of train-names; without it the packaged spaCy model
+presidio: {entities: [person, organisation]}     # sections of the adapters, where detectors names them
+gliner: {model: FOLDER, digest: SHA256, labels: {name of a person: person}}
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from privacy.pii import patterns
+from privacy.pii.adapters import PRESIDIO_ENTITIES
 
 # fill: with the entity's name, [EMAIL], or a flat colour. redact: cut out. pseudonymise: with a name that only the
 # key's holder can tie to the value, the same wherever the value stands. drop, quarantine: the record. keep: as it is.
@@ -31,12 +35,12 @@ UncertainAction = Literal["drop", "quarantine", "act", "keep"]
 
 Score = Annotated[float, Field(ge=0, le=1)]
 
-# What each detector can find; None where that is known only once it is open.
-TEXT_DETECTORS: Mapping[str, tuple[str, ...] | None] = MappingProxyType({
-    "patterns": patterns.ENTITIES, "names": ("person", "address"), "presidio": None, "gliner": None,
+# What each detector can find; the adapters' own sections say what they are asked for.
+TEXT_DETECTORS: Mapping[str, tuple[str, ...]] = MappingProxyType({
+    "patterns": patterns.ENTITIES, "names": ("person", "address"), "presidio": (), "gliner": (),
 })  # fmt: skip
-_IN_TEXT = tuple(dict.fromkeys(entity for found in TEXT_DETECTORS.values() for entity in found or ()))
-IMAGE_DETECTORS: Mapping[str, tuple[str, ...] | None] = MappingProxyType({
+_IN_TEXT = tuple(dict.fromkeys(entity for found in TEXT_DETECTORS.values() for entity in found))
+IMAGE_DETECTORS: Mapping[str, tuple[str, ...]] = MappingProxyType({
     "faces_fast": ("face",), "faces": ("face",), "image_text": (*_IN_TEXT, "text"),
 })  # fmt: skip
 
@@ -70,6 +74,43 @@ class Pseudonymisation(_Section):
     key_id: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 
 
+class Names(_Section):
+    """The folder that `python -m privacy.pii train-names` wrote, and the digest that it printed."""
+
+    model: str
+    digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Presidio(_Section):
+    """What Presidio is asked for: names of ours, and how sure it has to be for us to hear of it."""
+
+    entities: Annotated[tuple[str, ...], Field(min_length=1)] = (
+        "person", "address", "email", "phone", "url", "card", "iban", "ip", "mac", "ssn", "national_id",
+    )  # fmt: skip
+    least_score: Score = 0.4
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        known = tuple(dict.fromkeys(PRESIDIO_ENTITIES.values()))
+        for entity in self.entities:
+            if entity not in known:
+                raise ValueError(f"Presidio finds no {entity!r}{_nearest(entity, known)}: choose of {', '.join(known)}")
+        return self
+
+
+class Gliner(_Section):
+    """A GLiNER model in a folder of the user's, told by its digest, and the labels it is asked for.
+
+    digest: `folder_digest`; the error about another one names it. labels: a label in the model's words -> the entity's
+    name here, as {street address: address}.
+    """
+
+    model: str
+    digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    labels: Annotated[dict[str, Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]], Field(min_length=1)]
+    least_score: Score = 0.5
+
+
 class Policy(_Section):
     """What happens to the personal data of captions and images.
 
@@ -85,6 +126,9 @@ class Policy(_Section):
     box_margin: Annotated[float, Field(ge=0, le=2)] = 0.1  # of a box's longer side, added on each side
     max_caption_length: Annotated[int, Field(gt=0)] = 100_000  # characters; a longer caption is quarantined unread
     pseudonyms: Pseudonymisation | None = None  # null: any key, whose id goes to the manifest
+    names: Names | None = None  # null: the packaged model
+    presidio: Presidio = Presidio()
+    gliner: Gliner | None = None
 
     @model_validator(mode="after")
     def _detectors_exist(self) -> Self:
@@ -97,16 +141,28 @@ class Policy(_Section):
         return self
 
     @model_validator(mode="after")
+    def _sections_have_detectors(self) -> Self:
+        if (self.gliner is None) == ("gliner" in self.detectors):
+            raise ValueError(
+                "detectors and the section gliner go together: name gliner among the detectors, and its model, digest "
+                "and labels in the section, or neither"
+            )
+        if self.names and "names" not in self.detectors:
+            raise ValueError("there is a section names, and detectors does not name it: add it there")
+        if self.presidio != Presidio() and "presidio" not in self.detectors:
+            raise ValueError("there is a section presidio, and detectors does not name it: add it there")
+        return self
+
+    @model_validator(mode="after")
     def _entities_have_detectors(self) -> Self:
         texts, images = self._entities(TEXT_DETECTORS), self._entities(IMAGE_DETECTORS)
-        both = None if texts is None or images is None else (*texts, *images)
         for key, named, found in (
             ("captions", self.captions, texts),
             ("images", self.images, images),
-            ("thresholds", self.thresholds, both),
+            ("thresholds", self.thresholds, (*texts, *images)),
         ):
             for entity in named:
-                if found is not None and entity not in found:
+                if entity not in found:
                     raise ValueError(f"{key}: {_unfindable(entity, found, self.detectors)}")
         return self
 
@@ -147,21 +203,37 @@ class Policy(_Section):
             return {"apart": tuple(sorted(entity for entity, action in self.captions.items() if action == "keep"))}
         if detector == "image_text":
             return {"any_text": self.images.get("text", "keep") != "keep"}  # any text at all, where that is asked for
+        if detector == "names":
+            return self.names.model_dump() if self.names else {}
+        if detector == "presidio":
+            return self.presidio.model_dump()
+        if detector == "gliner":
+            assert self.gliner is not None  # _sections_have_detectors
+            return self.gliner.model_dump()
         return {}
 
+    def choices(self) -> dict[str, Any]:
+        """All that the policy decides, defaults written out, as JSON has it.
+
+        Where a model's folder lies is left out: its digest says which it is.
+        """
+        return self.model_dump(mode="json", exclude={"names": {"model"}, "gliner": {"model"}})
+
     def digest(self) -> str:
-        """Hex SHA-256 of the policy's canonical JSON, defaults written out."""
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        """Hex SHA-256 of the canonical JSON of `choices`."""
+        canonical = json.dumps(self.choices(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
-    def _entities(self, finds: Mapping[str, tuple[str, ...] | None]) -> tuple[str, ...] | None:
-        found: list[str] = []
-        for name in self.detectors:
-            entities = finds.get(name, ())
-            if entities is None:
-                return None
-            found += entities
-        return tuple(dict.fromkeys(found))
+    def _entities(self, finds: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+        """What the named detectors of `finds` find, those of the adapters also where text in images is read."""
+        sections = {
+            "presidio": self.presidio.entities,
+            "gliner": (*self.gliner.labels.values(),) if self.gliner else (),
+        }
+        asked = [entity for name in self.detectors for entity in sections.get(name, ())]
+        reading = finds is TEXT_DETECTORS or "image_text" in self.detectors
+        found = [entity for name in self.detectors for entity in finds.get(name, ())]
+        return tuple(dict.fromkeys(found + asked if reading else found))
 
 
 def check_entities(policy: Policy, in_texts: tuple[str, ...], in_images: tuple[str, ...]) -> None:
@@ -178,7 +250,7 @@ def check_entities(policy: Policy, in_texts: tuple[str, ...], in_images: tuple[s
 
 def _unfindable(entity: str, found: tuple[str, ...], detectors: tuple[str, ...]) -> str:
     for name, entities in (*TEXT_DETECTORS.items(), *IMAGE_DETECTORS.items()):
-        if name not in detectors and entity in (entities or ()) and name != "image_text":
+        if name not in detectors and entity in entities and name != "image_text":
             return f"no detector finds {entity!r}: add {name} to detectors, which are {', '.join(detectors) or 'none'}"
     entities = ", ".join(found) or "none"
     return f"no detector finds {entity!r}{_nearest(entity, found)}: the entities are {entities}"

@@ -13,6 +13,9 @@ from blake3 import blake3
 from PIL import Image
 from safetensors.torch import load_file
 
+from checkpointing.sharded import latest
+from privacy.ledger import read_ledger
+from privacy.pii.manifests import merkle_root, read_manifests, verify_shards
 from tests.integration.short_run import ROOT, launch, launch_command
 from train.config import EvalStage
 from train.generation import build, generate
@@ -72,6 +75,25 @@ def test_an_auditor_repeats_the_figure_without_torch(finished: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     manifest = json.loads((finished / "finetune_dp" / "manifest.json").read_text())
     assert json.loads(done.stdout)["spending"]["epsilon"] == pytest.approx(manifest["metrics"]["epsilon"], rel=1e-9)
+
+
+def test_one_root_binds_the_filtered_shards_to_the_saves_the_ledger_and_the_cards(finished: Path) -> None:
+    metrics = json.loads((finished / "filter" / "manifest.json").read_text())["metrics"]
+    manifests = read_manifests(finished / "filter")
+    root = merkle_root([manifest.leaf() for manifest in manifests])
+    assert metrics["shards_root"] == root
+    assert verify_shards(finished / "filter", manifests)["private"] == metrics["splits"]["private"]["root"]
+    for stage in ("pretrain", "finetune_dp"):
+        saved = latest(finished / stage / "checkpoints")
+        assert saved is not None and saved.state["shards_root"] == root
+    (plan,) = read_ledger(finished / "ledger.jsonl").plans.values()
+    assert plan["shards_root"] == root
+    card = json.loads((finished / "export" / "model" / "privacy_card.json").read_text())
+    assert [filter["shards_root"] for filter in card["filter"]] == [root]
+    assert root in (finished / "export" / "model" / "MODEL_CARD.md").read_text()
+    claims = {claim["claim"]: claim for claim in json.loads((finished / "audit" / "audit.json").read_text())["claims"]}
+    assert "every byte of the" in claims["the shards of filter are those that its Merkle root binds"]["evidence"]
+    assert claims["the ledger and the checkpoints of finetune_dp name the filtered shards it was trained on"]["holds"]
 
 
 def test_the_export_samples_the_same_images_in_a_new_process(finished: Path, tmp_path: Path) -> None:

@@ -75,11 +75,11 @@ def open_ledger(run: Path, **settings: Any) -> Ledger:
     return Ledger.open(run / "ledger.jsonl", **{"signing_seed": SEED, **settings})
 
 
-def save_checkpoint(run: Path, step: int, head: str | None, stage: str = STAGE) -> Path:
-    """A committed checkpoint, as far as its manifest goes."""
+def save_checkpoint(run: Path, step: int, head: str | None, stage: str = STAGE, **said: Any) -> Path:
+    """A committed checkpoint, as far as its manifest goes. said: what else its state holds."""
     place = LocalPlace(run / stage / "checkpoints")
     save = SaveId(1, len(place.saves()) + 1, step)
-    state = {"stage": stage, "config_sha256": config_sha256(), "ledger_head": head}
+    state = {"stage": stage, "config_sha256": config_sha256(), "ledger_head": head, **said}
     save_now(place, save, [], state)
     return place.folder(save)
 
@@ -93,12 +93,14 @@ def train_privately(
     events: Sequence[Mapping[str, Any]] = (),
     code: str = CODE,
     plan: Mapping[str, Any] | None = None,
+    saved: Mapping[str, Any] | None = None,
     digest: str = "keyed",
     **settings: Any,
 ) -> None:
     """Charge the steps, save a checkpoint at the second and the last, and write the stage's manifest, as train does.
 
-    replay: a step run again; die_at: end before that step is done; skip: steps never charged; events: a step's own.
+    replay: a step run again; die_at: end before that step is done; skip: steps never charged; events: a step's own;
+    saved: what else the checkpoints hold.
     """
     with open_ledger(run, **settings) as ledger:
         fields = {"target_epsilon": 2.0, "max_grad_norm": 1.0, "operational": OPERATIONAL, **(plan or {})}
@@ -111,8 +113,8 @@ def train_privately(
                 return
             ledger.done(charge, f"{digest} {step}")
             if step == 1:
-                save_checkpoint(run, 2, ledger.head)
-        save_checkpoint(run, STEPS, ledger.head)
+                save_checkpoint(run, 2, ledger.head, **(saved or {}))
+        save_checkpoint(run, STEPS, ledger.head, **(saved or {}))
         statement = {"path": "ledger.jsonl", "head": ledger.head, "charges": ledger.num_charges, "stage": LABEL}
         statement["public_key"] = ledger.public_key
         spent = epsilon(ledger.counts(), 1e-5)

@@ -7,13 +7,13 @@ import json
 import math
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from privacy.audit import AuditReport, audit_run
 from privacy.audit.page import detection_bound, render, write_report
+from tests.page import Page
 from tests.privacy.audited_run import (
     EVENT,
     LABEL,
@@ -26,42 +26,12 @@ from tests.privacy.audited_run import (
     train_privately,
 )
 
-VOID = {"meta", "br", "path", "use", "rect", "line", "image"}
-
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> AuditReport:
     run = public_stages(tmp_path_factory.mktemp("report") / "run")
     train_privately(run, replay=2, plan={"operator_metrics": True}, dataset_cap=3.0)
     return audit_run(run)
-
-
-class Page(HTMLParser):
-    """Reads a page, refusing tags that are not closed, and gathers what it would ask for from outside."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.words: list[str] = []
-        self.asked: list[str] = []
-        self.feed(page)
-        assert self.open == []
-        self.text = " ".join(" ".join(self.words).split())
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.asked += [f"{name}={value}" for name, value in attrs if name in ("src", "href", "xlink:href", "data")]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.asked += [f"{name}={value}" for name, value in attrs if name in ("src", "href", "xlink:href", "data")]
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag not in VOID:
-            assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
 
 
 def test_both_files_are_written_and_the_json_is_the_report(report: AuditReport, tmp_path: Path) -> None:

@@ -162,6 +162,21 @@ def test_a_resumed_mechanism_draws_what_the_first_would_have(ledger: Ledger) -> 
     assert again.draw(charge).tolist() == first.draw(charge).tolist()
 
 
+def test_the_plan_names_the_filtered_shards_and_other_ones_are_refused(tmp_path: Path) -> None:
+    before, after = (f"blake3:{letter * 64}" for letter in "ab")
+    with open_ledger(tmp_path / "ledger.jsonl") as ledger:
+        mechanism(ledger, shards_root=before)
+        assert read_ledger(ledger.path).plans[TERMS.stage]["shards_root"] == before
+        mechanism(ledger, shards_root=before)
+        with pytest.raises(LedgerError, match=f"over filtered shards of Merkle root {before}, and now reads"):
+            mechanism(ledger, shards_root=after)
+
+
+def test_a_stage_planned_before_there_were_roots_goes_on(ledger: Ledger) -> None:
+    mechanism(ledger, shards_root="blake3:" + "a" * 64)
+    assert "shards_root" not in read_ledger(ledger.path).plans[TERMS.stage]
+
+
 def test_another_ledger_gives_the_same_step_other_noise(ledger: Ledger, tmp_path: Path) -> None:
     with plan(open_ledger(tmp_path / "other.jsonl"), TERMS) as other:
         noise = [noise_of(mechanism(opened), 0) for opened in (ledger, other)]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.fetch_data import FetchError, fetch, lay_out_emoji, lay_out_openclipart, main
+from scripts.fetch_data import SETS, FetchError, fetch, lay_out_emoji, lay_out_openclipart, main
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "fetch_data.py"
 
@@ -46,8 +46,9 @@ def test_openclipart_takes_its_captions_from_the_svgs_it_can_read(tmp_path: Path
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(content)
     told = lay_out_openclipart(tmp_path / "package", tmp_path / "ready")
-    assert told == "3 images, 1 with captions, in 1 categories"
+    assert told == "3 images, 1 with captions and 3 with drawings, in 1 categories"
     assert (tmp_path / "ready" / "animals" / "frog.txt").read_text() == "A frog. by a pond\n"
+    assert (tmp_path / "ready" / "animals" / "frog.svg").read_text() == svg
 
 
 @pytest.mark.parametrize(
@@ -78,6 +79,23 @@ def test_a_set_that_is_there_is_left_alone(tmp_path: Path, capsys: pytest.Captur
     assert main(["emoji", "--cache", str(tmp_path)]) == 0
     assert "already in" in capsys.readouterr().out
     assert list((tmp_path / "emoji").iterdir()) == []
+
+
+def test_a_set_that_was_laid_out_otherwise_is_fetched_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lay_out(_: Path, ready: Path) -> str:
+        (ready / "animals").mkdir(parents=True)
+        (ready / "animals" / "frog.svg").touch()
+        return "1 image"
+
+    monkeypatch.setitem(SETS, "openclipart", lay_out)
+    (tmp_path / "openclipart" / "old").mkdir(parents=True)
+    fetch("openclipart", tmp_path)
+    assert "an earlier version laid it out" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.rglob("*")] == ["openclipart", "animals", "frog.svg"]
+    fetch("openclipart", tmp_path)
+    assert "already in" in capsys.readouterr().out
 
 
 @pytest.mark.slow

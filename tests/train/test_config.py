@@ -28,8 +28,8 @@ def spoil(recipe: Path, file: str, pattern: str, new: str) -> None:
 
 @pytest.mark.parametrize("folder", RECIPES, ids=lambda folder: folder.name)
 def test_every_recipe_of_the_house_is_valid(folder: Path) -> None:
-    stages = load_recipe(folder).stages
-    assert [stage.kind for stage in stages][-2:] == ["audit", "export"]
+    kinds = [stage.kind for stage in load_recipe(folder).stages]
+    assert kinds[-2:] == ["audit", "export"] or not {"pretrain", "finetune_dp"} & set(kinds)
 
 
 def test_stages_come_in_the_order_of_their_numbers_and_are_named_by_their_files(recipe: Path) -> None:

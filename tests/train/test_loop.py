@@ -1,5 +1,6 @@
 """The training loop in one process, on a few invented images: what it resumes, and what it refuses."""
 
+import json
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from train.heartbeat import Heartbeat
 from train.loop import train
 from train.parallel import join_world
 from train.recipe import load_stage
-from train.run_folder import RunFolder
+from train.run_folder import RunFolder, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = (
@@ -85,6 +86,21 @@ def test_a_half_done_stage_is_not_resumed_under_another_configuration(run: RunFo
     pretrain(run)
     with pytest.raises(ValueError, match="half done under another configuration"):
         pretrain(run, "optim.learning_rate=1e-4")
+
+
+def test_a_save_names_the_shards_it_was_trained_on_and_others_are_refused(run: RunFolder) -> None:
+    manifest = json.loads(run.manifest_path("filter").read_text())
+    before, after = f"blake3:{'a' * 64}", f"blake3:{'b' * 64}"
+    for root in (before, after):
+        manifest["metrics"]["shards_root"] = root
+        write_json(run.manifest_path("filter"), manifest)
+        if root == before:
+            pretrain(run)
+        else:
+            with pytest.raises(ValueError, match=f"half done on the shards of root {before}, and filter now has"):
+                pretrain(run)
+    saved = latest(run.path / "pretrain" / "checkpoints")
+    assert saved is not None and saved.state["shards_root"] == before
 
 
 def test_a_half_done_stage_is_resumed_with_another_microbatch(run: RunFolder) -> None:

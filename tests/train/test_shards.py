@@ -2,6 +2,7 @@ import io
 import json
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -76,9 +77,10 @@ def test_the_root_does_not_depend_on_the_cut_but_on_every_record(tmp_path: Path)
         Record("r002", "r002", png(99), base[2].label, base[2].caption),
         Record("r002", "r002", base[2].image, None, base[2].caption),
         Record("r002", "r002", base[2].image, base[2].label, None),
+        Record("r002", "r002", base[2].image, base[2].label, base[2].caption, b"<svg/>"),
     ]
     roots = {write_shards(tmp_path / "c", "public", [*base[:2], change, *base[3:]], 6).root for change in changes}
-    assert len(roots | {whole}) == 6
+    assert len(roots | {whole}) == 7
     assert write_shards(tmp_path / "d", "public", base[::-1], 6).root != whole
 
 
@@ -111,8 +113,8 @@ def test_an_empty_split_and_an_empty_shard_size_are_refused(tmp_path: Path) -> N
         write_shards(tmp_path / "public", "public", [Record("a", "a", b"GIF89a", 0, None)], 1)
 
 
-def test_a_record_shows_neither_image_nor_caption() -> None:
-    assert repr(records(1)[0]) == "Record(key='r000', unit='r000', label=0)"
+def test_a_record_shows_neither_image_nor_caption_nor_drawing() -> None:
+    assert repr(replace(records(1)[0], svg=b"<svg/>")) == "Record(key='r000', unit='r000', label=0)"
 
 
 @pytest.mark.parametrize(

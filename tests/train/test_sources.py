@@ -2,6 +2,7 @@ import gzip
 import io
 import json
 import struct
+import tarfile
 import zlib
 from collections import Counter
 from dataclasses import dataclass
@@ -9,14 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image, TiffImagePlugin, TiffTags
 from pydantic import TypeAdapter, ValidationError
 
+from privacy.pii.metadata import strip_metadata
 from privacy.pii.patterns import detect
 from train.data import ShardDataset
 from train.planted import plant
 from train.shards import Record, ShardError, write_shards
-from train.sources import DIGITS_SPLITS, DigitsSource, FolderPart, SourceConfig, ingest, plain_name
+from train.source_config import DigitsSource, FolderPart, SourceConfig
+from train.sources import DIGITS_SPLITS, ingest, plain_name
 
 HALVES = {"public": 0.5, "private": 0.5}
 
@@ -220,25 +223,69 @@ def test_images_are_cropped_and_converted_when_a_shape_is_given(tmp_path: Path) 
     assert (image.size, image.mode, image.info) == ((4, 4), "RGB", {})
 
 
+SECRET = b"Jane Roe"
+
+
+def with_metadata(kind: str) -> bytes:
+    exif, tags = Image.Exif(), TiffImagePlugin.ImageFileDirectory_v2()
+    exif[ExifTags.Base.Artist] = tags[ExifTags.Base.Artist] = SECRET.decode()
+    exif.get_ifd(ExifTags.IFD.GPSInfo).update({1: "N", 2: (1.0, 2.0, 3.0), 27: SECRET})
+    tags[ExifTags.Base.ImageDescription] = SECRET.decode()
+    tags.tagtype[700] = tags.tagtype[33723] = TiffTags.UNDEFINED
+    tags[700], tags[33723] = b"<x>" + SECRET + b"</x>", b"\x1c\x02\x50\0\x08" + SECRET  # XMP; IPTC's by-line
+    xmp = {"exif": exif.tobytes(), "xmp": SECRET, "icc_profile": SECRET}
+    told: dict[str, dict[str, object]] = {
+        "WEBP": {**xmp, "lossless": True},
+        "GIF": {"comment": SECRET},
+        "BMP": {},
+        "TIFF": {"tiffinfo": tags, "icc_profile": SECRET},
+    }
+    out = io.BytesIO()
+    Image.linear_gradient("L").resize((16, 16)).convert("P" if kind == "GIF" else "RGB").save(out, kind, **told[kind])
+    return out.getvalue() + b"trailing " + SECRET
+
+
+@pytest.mark.parametrize("kind", ["WEBP", "GIF", "BMP", "TIFF"])
+def test_other_formats_become_pngs_with_nothing_but_their_pixels(tmp_path: Path, kind: str) -> None:
+    folder, source = image_folder(tmp_path / "images", 3), with_metadata(kind)
+    assert source.count(SECRET) >= {"WEBP": 4, "GIF": 2, "BMP": 1, "TIFF": 5}[kind]
+    (folder / "cats" / f"x.{kind.lower()}").write_bytes(source)
+    part = {"folder": str(folder), "splits": {"public": 1}}
+    metrics = run(tmp_path / "out", config(kind="image_folder", parts=[part]))
+    stored = all_records(tmp_path / "out", metrics)["0/cats/x"][1].image
+    assert SECRET not in stored and strip_metadata(stored).removed == {}
+    shown, meant = (Image.open(io.BytesIO(data)) for data in (stored, source))
+    assert shown.format == "PNG" and shown.info == {}
+    np.testing.assert_array_equal(np.asarray(shown.convert("RGB")), np.asarray(meant.convert("RGB")))
+
+
 def test_bad_images_are_quarantined_by_reason_and_nothing_of_them_is_told(tmp_path: Path) -> None:
     folder = image_folder(tmp_path / "images")
     bad = {
         "cut": grey(0, 64)[:60],
         "empty": b"",
         "words": b"jane@example.org",
+        "heif": b"\0\0\0\x18ftypheic",
         "large": encoded(Image.new("1", (300, 200))),
         "bomb": claiming(60_000, 60_000),
     }
     for name, content in bad.items():
         (folder / "cats" / f"{name}.png").write_bytes(content)
     (folder / "cats" / "1.txt").write_bytes(b"\xff\xfe")
+    (folder / "cats" / "3.txt").write_bytes(b"a cat " * 1_700_000)
+    (folder / "cats" / "lost.png").symlink_to("/home/jane/lost.png")
     part = {"folder": str(folder), "splits": {"public": 1}}
     settings = {"kind": "image_folder", "parts": [part], "max_pixels": 50_000}
-    metrics = run(tmp_path / "out", config(**settings, max_quarantine_fraction=0.2))
-    assert metrics["quarantined"] == {"bad_caption": 1, "too_many_pixels": 2, "undecodable": 3}
-    assert metrics["splits"]["public"]["records"] == 39
+    metrics = run(tmp_path / "out", config(**settings, max_quarantine_fraction=0.25))
+    assert metrics["quarantined"] == {
+        "bad_caption": 1, "caption_too_long": 1, "empty_image": 1, "too_many_pixels": 2, "undecodable": 1,
+        "unknown_image_type": 2, "unreadable_file": 1,
+    }  # fmt: skip
+    assert metrics["splits"]["public"]["records"] == 38
     told = (tmp_path / "out" / "quarantine.jsonl").read_text()
-    assert {json.loads(line)["key"] for line in told.splitlines()} == {f"0/cats/{name}" for name in (*bad, "1")}
+    assert {json.loads(line)["key"] for line in told.splitlines()} == {
+        f"0/cats/{name}" for name in (*bad, "1", "3", "lost")
+    }
     assert "jane" not in told
 
 
@@ -247,7 +294,9 @@ def test_too_many_bad_images_fail_the_stage_and_write_no_split(tmp_path: Path) -
     for n in range(2):
         (folder / "cats" / f"bad{n}.png").write_bytes(b"x")
     settings = config(kind="image_folder", parts=[{"folder": str(folder), "splits": HALVES}])
-    with pytest.raises(ValueError, match=r"2 of 20 records were quarantined \(undecodable 2\), more than .* 0.05"):
+    with pytest.raises(
+        ValueError, match=r"2 of 20 records were quarantined \(unknown_image_type 2\), more than .* 0.05"
+    ):
         run(tmp_path / "out", settings)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["quarantine.jsonl"]
 
@@ -273,11 +322,25 @@ def test_an_empty_split_is_an_error(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "public").exists()
 
 
-def test_two_images_with_one_name_are_an_error(tmp_path: Path) -> None:
-    folder = image_folder(tmp_path / "images", 2)
-    (folder / "cats" / "1.jpg").write_bytes(encoded(Image.new("L", (8, 8)), "JPEG"))
-    with pytest.raises(ValueError, match="'0/cats/1' occurs twice"):
-        run(tmp_path / "out", config(kind="image_folder", parts=[{"folder": str(folder), "splits": {"public": 1}}]))
+def test_of_images_with_one_name_none_is_taken_for_the_right_one(tmp_path: Path) -> None:
+    folder = image_folder(tmp_path / "images")
+    for name in ("1.jpg", "1.jpeg", "5.jpg"):
+        (folder / "cats" / name).write_bytes(encoded(Image.new("L", (8, 8)), "JPEG"))
+    part = {"folder": str(folder), "splits": {"public": 1}}
+    settings = config(kind="image_folder", parts=[part], max_quarantine_fraction=0.2)
+    metrics = ingest(settings, tmp_path / "out", lambda *_: None)
+    assert metrics["quarantined"] == {"duplicate_key": 5} and metrics["splits"]["public"]["records"] == 38
+    assert not {"0/cats/1", "0/cats/5"} & set(all_records(tmp_path / "out", metrics))
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_drawing_beside_an_image_goes_with_it(tmp_path: Path) -> None:
+    folder = image_folder(tmp_path / "images", 6)
+    (folder / "cats" / "1.svg").write_bytes(b"<svg/>")
+    part = {"folder": str(folder), "splits": {"public": 1}}
+    metrics = run(tmp_path / "out", config(kind="image_folder", parts=[part], image_size=4))
+    drawings = {key: record.svg for key, (_, record) in all_records(tmp_path / "out", metrics).items()}
+    assert drawings.pop("0/cats/1") == b"<svg/>" and set(drawings.values()) == {None}
 
 
 def test_names_that_show_something_become_digests() -> None:
@@ -309,37 +372,82 @@ def test_existing_shards_are_rewritten_whole_and_a_users_records_stay_together(t
     assert len(homes) == 12
 
 
-def test_a_truncated_foreign_or_missing_tar_is_named(tmp_path: Path) -> None:
+def tar_source(folder: Path, **settings: float) -> Config:
+    part = {"shards": f"{folder}/old-*.tar", "splits": {"public": 1}}
+    return config(0, kind="webdataset", num_classes=3, parts=[part], **settings)
+
+
+def test_a_file_that_is_no_tar_and_a_pattern_that_matches_nothing_are_named(tmp_path: Path) -> None:
     folder = shards(tmp_path / "old")
-    settings = config(
-        kind="webdataset", num_classes=3, parts=[{"shards": f"{folder}/old-*.tar", "splits": {"public": 1}}]
-    )
-    tar = folder / "old-00001.tar"
-    whole = tar.read_bytes()
-    for content in (whole[:5000], b"PK" + whole[2:], b""):
-        tar.write_bytes(content)
-        with pytest.raises(ShardError, match=r"old-00001.tar"):
-            run(tmp_path / "out", settings)
+    for content in (gzip.compress((folder / "old-00001.tar").read_bytes()), b"", grey(0)):
+        (folder / "old-00001.tar").write_bytes(content)
+        with pytest.raises(ShardError, match=r"old-00001.tar is no uncompressed tar: unpack it"):
+            run(tmp_path / "out", tar_source(folder))
         assert not list((tmp_path / "out").glob("*"))
     for path in folder.iterdir():
         path.unlink()
     with pytest.raises(ValueError, match="no shard matches"):
-        run(tmp_path / "out", settings)
+        run(tmp_path / "out", tar_source(folder))
+
+
+def test_a_damaged_tar_loses_what_is_damaged_and_too_much_of_that_stops_the_stage(tmp_path: Path) -> None:
+    folder = shards(tmp_path / "old")
+    whole = (folder / "old-00001.tar").read_bytes()
+    (folder / "old-00001.tar").write_bytes(b"PK" + whole[2:40_000])
+    metrics = run(tmp_path / "out", tar_source(folder))
+    assert metrics["quarantined"] == {"damaged_tar": 1, "truncated_tar": 1}
+    found = all_records(tmp_path / "out", metrics)
+    saved = {f"r{n:03d}" for n in (*range(20), *range(21, 29), *range(40, 60))}
+    assert set(found) == saved and found["r021"][1].caption == "caption 21"
+    told = (tmp_path / "out" / "quarantine.jsonl").read_text()
+    assert '"key": "r020", "reason": "damaged_tar"' in told and '"key": "r029", "reason": "truncated_tar"' in told
+    for name in ("old-00000.tar", "old-00002.tar"):
+        (folder / name).write_bytes(whole[:512] * 2)
+    with pytest.raises(ValueError, match=r"of .* were quarantined \(.*\), more than max_quarantine_fraction 0.05"):
+        run(tmp_path / "out", tar_source(folder))
 
 
 def test_records_a_tar_cannot_give_are_quarantined(tmp_path: Path) -> None:
-    import tarfile
-
-    folder = shards(tmp_path / "old")
+    folder = shards(tmp_path / "old", 60)
+    bad: dict[str, dict[str, bytes]] = {
+        "no_image": {"a.cls": b"1"},
+        "bad_class": {"b.png": grey(0), "b.cls": b"cat"},
+        "class_out_of_range": {"c.png": grey(0), "c.cls": b"7"},
+        "empty_image": {"d.png": b""},
+        "bad_caption": {"e.png": grey(0), "e.txt": b"\xff\xfe"},
+        "caption_too_long": {"f.png": grey(0), "f.txt": b"a cat " * 1_700_000},
+        "too_many_pixels": {"g.png": claiming(21_000, 11_000)},
+        "unknown_image_type": {"h.png": b"\0\0\0\x18ftypheic"},
+        "undecodable": {"i.png": grey(0, 64)[:60]},
+        "bad_unit": {"j.png": grey(0), "j.json": b"[" * 100_000},
+        "unsafe_path": {"../up.png": grey(0), "/etc/passwd.png": grey(0)},
+        "no_extension": {"READ ME": b"by jane@example.org"},
+        "duplicate_key": {"r001.png": grey(0)},
+        "bad_class ": {"k.png": grey(0), "k.cls": b"9" * 5000},
+    }
     with tarfile.open(folder / "old-00003.tar", "w") as tar:
-        damaged = {"a.cls": b"1", "b.png": grey(0), "b.cls": b"cat", "c.png": grey(0), "c.cls": b"7"}
-        for name, content in damaged.items():
+        for name, content in (member for members in bad.values() for member in members.items()):
             member = tarfile.TarInfo(name)
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
-    part = {"shards": f"{folder}/old-*.tar", "splits": {"public": 1}}
-    metrics = run(tmp_path / "out", config(kind="webdataset", parts=[part], num_classes=3))
-    assert metrics["quarantined"] == {"bad_class": 1, "class_out_of_range": 1, "no_image": 1}
+        link = tarfile.TarInfo("JANE ROE.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/home/jane/roe.png"
+        tar.addfile(link)
+    metrics = ingest(tar_source(folder, max_quarantine_fraction=0.3), tmp_path / "out", lambda *_: None)
+    assert metrics["quarantined"] == {
+        **dict.fromkeys(map(str.strip, bad), 1), "unsafe_path": 2, "bad_class": 2, "duplicate_key": 2, "not_a_file": 1,
+    }  # fmt: skip
+    assert metrics["splits"]["public"]["records"] == 59
+    told = (tmp_path / "out" / "quarantine.jsonl").read_text()
+    assert not any(word in told for word in ("etc", "READ", "ROE", "roe", "example"))
+    with pytest.raises(ValueError, match=r"17 of 76 records were quarantined \(bad_caption 1, bad_class 2"):
+        ingest(tar_source(folder), tmp_path / "again", lambda *_: None)
+
+
+def test_a_record_without_a_caption_is_a_record(tmp_path: Path) -> None:
+    write_shards(tmp_path / "old", "old", [Record("a", "a", grey(0), 0, None), Record("b", "b", grey(1), 1, "")], 9)
+    found = all_records(tmp_path / "out", run(tmp_path / "out", tar_source(tmp_path / "old")))
+    assert [found[key][1].caption for key in "ab"] == [None, ""]
 
 
 # configuration

@@ -7,7 +7,7 @@ import pytest
 import skimage.data
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageDraw, ImageEnhance
 from pydantic import ValidationError
 
 from privacy.pii.duplicates import (
@@ -252,6 +252,56 @@ def test_what_is_kept_is_what_comparing_all_with_all_keeps() -> None:
             expected[f"k{number:05d}"] = f"k{first:05d}"
     assert len(expected) > 50
     assert find_duplicates([made], CONFIG).dropped == expected
+
+
+def test_no_pair_of_like_colours_is_spared_the_comparison() -> None:
+    chance = np.random.default_rng(4)
+    made = sketched([0] * 240, ["a cat"] * 240)
+    for number in range(240):  # from plain to bold, in families around the limit
+        if number % 6 == 0:
+            bold = chance.choice([0, 6, 40, 90])
+            first = chance.integers(100 - bold, 101 + bold, 192) + chance.integers(0, 40)
+        off = chance.normal(size=192) * chance.choice([0.1, 0.5, 3]) + chance.normal() * chance.choice([0, 0.5, 4])
+        made["colours"][number] = np.clip(first + off, 0, 255).astype(np.uint8)
+
+    def alike(one: int, other: int) -> bool:
+        a, b = (made["colours"][number].reshape(64, 3).astype(float) for number in (one, other))
+        contrast = max(8.0, *(np.sqrt(np.square(side - side.mean(axis=0)).mean()) for side in (a, b)))
+        return bool(np.sqrt(np.square(a - b).mean()) <= CONFIG.colour_difference * contrast)
+
+    expected: dict[str, str] = {}
+    kept: list[int] = []
+    for number in range(240):
+        first = next((earlier for earlier in kept if alike(earlier, number)), None)
+        if first is None:
+            kept.append(number)
+        else:
+            expected[f"k{number:05d}"] = f"k{first:05d}"
+    assert 50 < len(expected) < 200
+    assert find_duplicates([made], CONFIG).dropped == expected
+
+
+def test_a_series_of_drawings_that_differ_in_a_detail_is_no_duplicate() -> None:
+    def clock(hour: int) -> Image.Image:
+        picture = Image.new("RGB", (256, 256), "white")
+        pen = ImageDraw.Draw(picture)
+        pen.ellipse((8, 8, 248, 248), outline=(20, 20, 200), width=14)
+        angle = np.pi * hour / 6
+        pen.line((128, 128, 128 + 70 * np.sin(angle), 128 - 70 * np.cos(angle)), fill=(20, 20, 200), width=14)
+        return picture
+
+    records = {f"k{hour:02d}": (encoded(clock(hour)), "a blue clock") for hour in range(12)}
+    records["other"] = (encoded(clock(3).resize((128, 128), Image.Resampling.BICUBIC)), "a blue clock")
+    found = find_duplicates([signed(records)], CONFIG)
+    assert found.dropped == {"other": "k03"}
+
+
+def test_it_says_how_far_it_is() -> None:
+    made = sketched([0] * 3000 + [1] * 500, [f"the words of record {number % 50}" for number in range(3500)])
+    told: list[tuple[int, int | None]] = []
+    assert find_duplicates([made], CONFIG, lambda done, of: told.append((done, of))) == find_duplicates([made], CONFIG)
+    assert told == sorted(told) and len({of for _, of in told}) == 1
+    assert len(told) > 60 and told[-1][0] == told[-1][1]
 
 
 def test_a_copy_of_a_copy_is_kept_where_it_is_near_no_kept_record() -> None:

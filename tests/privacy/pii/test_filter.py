@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 from pydantic import ValidationError
 
-from privacy.pii.filter import Policy, Tools, check_tools, filter_record, filter_records
+from privacy.pii.filter import Item, Policy, Tools, check_tools, filter_record, filter_records
 from privacy.pii.findings import Box, Finding, MissingDetector, Pixels
 from privacy.pii.patterns import ENTITIES, PatternDetector, detect
 from privacy.pii.policy import Threshold
@@ -195,7 +195,9 @@ def test_a_pseudonym_is_the_same_wherever_the_value_stands() -> None:
     tools = Tools((PatternDetector(),), pseudonyms=Pseudonyms(bytes(32)))
     check_tools(policy, tools)
     captions = ["Jane@Example.org and jane@example.org", "by jane@example.org", "by joan@example.org"]
-    first, second, other = (result.caption for result in filter_records([(png(), c) for c in captions], policy, tools))
+    first, second, other = (
+        result.caption for result in filter_records([Item(png(), c) for c in captions], policy, tools)
+    )
     assert first and second and other
     name = second.removeprefix("by ")
     assert re.fullmatch(r"\[EMAIL:[b-t]{16}\]", name)
@@ -220,21 +222,21 @@ def test_what_is_uncertain_drops_the_record_unless_told_otherwise(
     uncertain: str, outcome: str, reason: str | None, caption: str | None
 ) -> None:
     policy = NAMES.model_copy(update={"uncertain": uncertain})
-    (result,) = filter_records([(png(), "Jane and Rose")], policy, people({"Jane": 0.9, "Rose": 0.3}))
+    (result,) = filter_records([Item(png(), "Jane and Rose")], policy, people({"Jane": 0.9, "Rose": 0.3}))
     assert (result.outcome, result.reason, result.caption) == (outcome, reason, caption)
 
 
 def test_thresholds_say_what_is_certain_and_what_is_possible() -> None:
     policy = NAMES.model_copy(update={"thresholds": {"person": Threshold(certain=0.8, possible=0.6)}})
     tools = people({"Jane": 0.8, "Joan": 0.6, "Rose": 0.59})
-    batch = [(png(), text) for text in ("Jane", "Joan", "Rose")]
+    batch = [Item(png(), text) for text in ("Jane", "Joan", "Rose")]
     assert [result.caption for result in filter_records(batch, policy, tools)] == ["[PERSON]", None, "Rose"]
 
 
 def test_findings_of_detectors_that_overlap_are_one() -> None:
     policy = Policy(detectors=("patterns", "names"))
     tools = Tools((PatternDetector(), Words("names", "person", {"Jane a": 0.9, "Roe": 1.0})))
-    (result,) = filter_records([(png(), "by Jane a@example.org, Roe")], policy, tools)
+    (result,) = filter_records([Item(png(), "by Jane a@example.org, Roe")], policy, tools)
     assert result.caption == "by [EMAIL], [PERSON]"
     assert result.findings == {"email": 1, "person": 1}
     assert result.found_by == {"captions.email.patterns": 1, "captions.person.names": 2}
@@ -242,36 +244,36 @@ def test_findings_of_detectors_that_overlap_are_one() -> None:
 
 def test_findings_that_overlap_through_a_third_are_one() -> None:
     tools = people({"Jane Mary Roe": 1.0, "Mary": 1.0, "Roe of York": 1.0})
-    (result,) = filter_records([(png(), "by Jane Mary Roe of York, again")], NAMES, tools)
+    (result,) = filter_records([Item(png(), "by Jane Mary Roe of York, again")], NAMES, tools)
     assert (result.caption, result.findings) == ("by [PERSON], again", {"person": 1})
 
 
 def test_of_overlapping_findings_the_strictest_action_stands() -> None:
     policy = Policy(detectors=("patterns", "names"), captions={"person": "drop"})
     tools = Tools((PatternDetector(), Words("names", "person", {"jane": 0.9})))
-    (result,) = filter_records([(png(), "by jane@example.org")], policy, tools)
+    (result,) = filter_records([Item(png(), "by jane@example.org")], policy, tools)
     assert (result.outcome, result.reason) == ("dropped", "holds_person")
 
 
 def test_a_doubt_that_a_certain_finding_covers_is_settled() -> None:
     policy = Policy(detectors=("patterns", "names"))
     tools = Tools((PatternDetector(), Words("names", "person", {"jane": 0.1})))
-    (result,) = filter_records([(png(), "by jane@example.org")], policy, tools)
+    (result,) = filter_records([Item(png(), "by jane@example.org")], policy, tools)
     assert result.caption == "by [EMAIL]"
 
 
 def test_our_own_words_are_no_persons_but_what_stands_beside_them_is() -> None:
     hits = {"Jane": 1.0, "PERSON": 1.0}
-    (result,) = filter_records([(png(), "a cat of Jane")], NAMES, people(hits))
+    (result,) = filter_records([Item(png(), "a cat of Jane")], NAMES, people(hits))
     assert result.caption == "a cat of [PERSON]"
-    (result,) = filter_records([(png(), "Jane Roe")], NAMES, people({**hits, "] Roe": 0.1}))
+    (result,) = filter_records([Item(png(), "Jane Roe")], NAMES, people({**hits, "] Roe": 0.1}))
     assert (result.outcome, result.reason) == ("dropped", "still_shows_person")
-    (result,) = filter_records([(png(), "[PERSON] Jane")], NAMES, people({"Jane": 1.0, "[PERSON] [": 1.0}))
+    (result,) = filter_records([Item(png(), "[PERSON] Jane")], NAMES, people({"Jane": 1.0, "[PERSON] [": 1.0}))
     assert (result.outcome, result.reason) == ("dropped", "still_shows_person")
 
 
 def test_a_record_that_a_detector_fails_on_is_quarantined_alone() -> None:
-    batch = [(png(), text) for text in ("of Jane", "a b", "bad Jane", "of Jane too", "c")]
+    batch = [Item(png(), text) for text in ("of Jane", "a b", "bad Jane", "of Jane too", "c")]
     results = filter_records(batch, NAMES, people({"Jane": 1.0}, bad="bad"))
     assert [result.reason for result in results] == [None, None, "detector_failed", None, None]
     assert results[2].outcome == "quarantined"
@@ -287,26 +289,28 @@ def test_a_caption_beyond_the_limit_is_quarantined_unread() -> None:
 def test_a_batch_gives_what_its_records_give_one_by_one() -> None:
     policy = Policy(detectors=("patterns", "faces"), captions={"card": "drop"}, images={"face": "blur"})
     tools = Tools((PatternDetector(),), (Bright(),), decode, paint(60))
-    batch = [(scene((number % 30, number % 16)), plant("a 3", 0, f"k{number}").caption) for number in range(30)]
-    batch[3] = (b"GIF89a", "a@example.org")
-    assert filter_records(batch, policy, tools) == [filter_record(*record, policy, tools) for record in batch]
+    batch = [Item(scene((number % 30, number % 16)), plant("a 3", 0, f"k{number}").caption) for number in range(30)]
+    batch[3] = Item(b"GIF89a", "a@example.org")
+    assert filter_records(batch, policy, tools) == [
+        filter_record(item.image, item.caption, policy, tools) for item in batch
+    ]
 
 
 def test_nothing_touches_the_global_random_state() -> None:
     before = (random.getstate(), np.random.get_state()[1].tobytes())  # type: ignore[union-attr]
-    filter_records([(scene((5, 5)), "a@example.org")], FACES, faces())
+    filter_records([Item(scene((5, 5)), "a@example.org")], FACES, faces())
     assert before == (random.getstate(), np.random.get_state()[1].tobytes())  # type: ignore[union-attr]
 
 
 def test_without_a_detector_of_images_none_is_decoded() -> None:
     tools = Tools((PatternDetector(),), (), decode=lambda _: pytest.fail("decoded"))
-    assert filter_records([(png(), "a cat")], Policy(), tools)[0].outcome == "kept"
+    assert filter_records([Item(png(), "a cat")], Policy(), tools)[0].outcome == "kept"
 
 
 @pytest.mark.parametrize(("action", "shade"), [("fill", 60), ("blur", 30)])
 def test_boxes_are_filled_or_blurred(action: str, shade: int) -> None:
     policy = FACES.model_copy(update={"images": {"face": action}})
-    (result,) = filter_records([(scene((3, 3), (30, 8)), None)], policy, faces())
+    (result,) = filter_records([Item(scene((3, 3), (30, 8)), None)], policy, faces())
     assert result.outcome == "kept"
     pixels = decode(result.image)
     assert (pixels[3:7, 3:7] == shade).all() and (pixels[8:12, 30:34] == shade).all() and pixels.max() == shade
@@ -323,34 +327,36 @@ def test_boxes_are_filled_or_blurred(action: str, shade: int) -> None:
 )
 def test_a_face_may_end_a_record_or_stay(action: str, outcome: str, reason: str | None) -> None:
     policy = FACES.model_copy(update={"images": {"face": action}})
-    (result,) = filter_records([(scene((3, 3)), None)], policy, faces())
+    (result,) = filter_records([Item(scene((3, 3)), None)], policy, faces())
     assert (result.outcome, result.reason, result.boxes) == (outcome, reason, {"face": 1})
     assert result.image == (scene((3, 3)) if outcome == "kept" else b"")
 
 
 def test_an_image_in_which_nothing_is_found_keeps_its_bytes() -> None:
-    (result,) = filter_records([(scene(), None)], FACES, faces())
+    (result,) = filter_records([Item(scene(), None)], FACES, faces())
     assert result.image == scene()
 
 
 def test_a_face_that_shows_through_the_blur_drops_the_record() -> None:
     policy = FACES.model_copy(update={"images": {"face": "blur"}})
-    (result,) = filter_records([(scene((3, 3)), None)], policy, faces(shade=500))
+    (result,) = filter_records([Item(scene((3, 3)), None)], policy, faces(shade=500))
     assert (result.outcome, result.reason, result.image) == ("dropped", "image_still_shows_face", b"")
 
 
 def test_a_box_within_the_paint_shows_nothing() -> None:
-    (result,) = filter_records([(scene((3, 3)), None)], FACES, faces(shade=255))
+    (result,) = filter_records([Item(scene((3, 3)), None)], FACES, faces(shade=255))
     assert result.outcome == "kept"
 
 
 def test_two_detectors_boxes_of_one_face_are_one_and_the_surer_counts() -> None:
     policy = Policy(detectors=("faces_fast", "faces"))
     tools = faces(Bright("faces_fast", 0.2, grow=1), Bright("faces", 0.9))
-    (result,) = filter_records([(scene((3, 3)), None)], policy, tools)
+    (result,) = filter_records([Item(scene((3, 3)), None)], policy, tools)
     assert (result.outcome, result.boxes) == ("kept", {"face": 1})
     assert (decode(result.image)[2:7, 2:7] == 60).all()  # around both
-    (result,) = filter_records([(scene((3, 3)), None)], policy, faces(Bright("faces_fast", 0.2), Bright("faces", 0.3)))
+    (result,) = filter_records(
+        [Item(scene((3, 3)), None)], policy, faces(Bright("faces_fast", 0.2), Bright("faces", 0.3))
+    )
     assert (result.outcome, result.reason) == ("dropped", "image_uncertain_face")
 
 
@@ -361,7 +367,7 @@ def test_boxes_of_two_entities_at_one_place_are_two() -> None:
         [replace(box, entity="plate") for box in boxes] for boxes in Bright("image_text").detect(images)
     ]
     policy = Policy(detectors=("faces", "image_text"), images={"plate": "drop"})
-    (result,) = filter_records([(scene((3, 3)), None)], policy, faces(Bright(), plates))
+    (result,) = filter_records([Item(scene((3, 3)), None)], policy, faces(Bright(), plates))
     assert (result.reason, result.boxes) == ("image_holds_plate", {"face": 1, "plate": 1})
 
 
@@ -381,7 +387,7 @@ def test_an_image_that_cannot_be_decoded_or_painted_is_quarantined_by_a_code() -
         (Tools((), (Bright(),), fail, paint(60)), "undecodable"),  # type: ignore[arg-type]
         (Tools((), (Bright(),), decode, fail), "not_covered"),
     ):
-        (result,) = filter_records([(image, None)], FACES, tools)
+        (result,) = filter_records([Item(image, None)], FACES, tools)
         assert (result.outcome, result.reason) == ("quarantined", reason)
 
 
@@ -404,10 +410,10 @@ def test_an_image_that_cannot_be_decoded_or_painted_is_quarantined_by_a_code() -
             "key 0000000000000000, and the key at hand is",
         ),
         (
-            Policy(detectors=("presidio",), captions={"persom": "drop"}),
-            Tools((Words("presidio", "person", {}),)),
+            Policy(detectors=("presidio",), captions={"person": "drop"}),
+            Tools((Words("presidio", "persons", {}),)),
             ValueError,
-            "policy.captions: no detector finds 'persom'; did you mean 'person'",
+            "policy.captions: no detector finds 'person': add names to detectors",
         ),
     ],
 )
@@ -425,7 +431,7 @@ _PIECES = ("a@example.org", "212-555-0143", "4111 1111 1111 1111", "DE8937040044
 def test_no_detector_finds_anything_in_a_kept_caption(pieces: list[str], action: str) -> None:
     policy = Policy.model_validate({"captions": dict.fromkeys(ENTITIES, action)})
     tools = Tools((PatternDetector(),), pseudonyms=Pseudonyms(bytes(32)))
-    (result,) = filter_records([(png(), "".join(pieces))], policy, tools)
+    (result,) = filter_records([Item(png(), "".join(pieces))], policy, tools)
     assert result.outcome in ("kept", "dropped")
     theirs = re.sub(r"\[[A-Z_]+(:[b-t]{16})?\]", lambda ours: " " * len(ours[0]), result.caption or "")
     assert [f for f in detect(result.caption or "") if theirs[f.start : f.end].strip(" @")] == []

@@ -74,6 +74,50 @@ def test_pieces_are_counted_by_what_they_hold() -> None:
     assert stripped.removed["jpeg:IPTC"] == 1 and SECRET not in stripped.image
 
 
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def segment(marker: int, content: bytes) -> bytes:
+    return bytes([0xFF, marker]) + struct.pack(">H", len(content) + 2) + content
+
+
+PACKED = zlib.compress(SECRET)
+XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><dc:creator>' + SECRET + b"</dc:creator></x:xmpmeta>"
+IPTC = b"8BIM\x04\x04\0\0\0\0\0\x0d\x1c\x02\x50\0\x08" + SECRET + b"\0"  # 2:80, the by-line
+PLANTED = {
+    "png:tEXt": chunk(b"tEXt", b"Author\0" + SECRET),
+    "png:zTXt": chunk(b"zTXt", b"Author\0\0" + PACKED),
+    "png:iTXt": chunk(b"iTXt", b"Author\0\1\0en\0\0" + PACKED),
+    "png:XMP": chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP),
+    "png:IPTC": chunk(b"tEXt", b"Raw profile type iptc\0" + IPTC.hex().encode()),
+    "png:EXIF": chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(exif().tobytes().hex().encode())),
+    "png:eXIf": chunk(b"eXIf", exif().tobytes()[6:]),
+    "png:iCCP": chunk(b"iCCP", SECRET + b"\0\0" + PACKED),
+    "png:tIME": chunk(b"tIME", SECRET[:7]),
+    "png:sPLT": chunk(b"sPLT", SECRET + b"\0\x08"),
+    "png:prVt": chunk(b"prVt", SECRET),
+    "jpeg:EXIF": segment(0xE1, b"Exif\0\0" + exif().tobytes()[6:]),
+    "jpeg:XMP": segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0" + XMP),
+    "jpeg:IPTC": segment(0xED, b"Photoshop 3.0\0" + IPTC),
+    "jpeg:ICC": segment(0xE2, b"ICC_PROFILE\0\1\1" + SECRET),
+    "jpeg:MPF": segment(0xE2, b"MPF\0" + SECRET),
+    "jpeg:COM": segment(0xFE, SECRET),
+    "jpeg:APP15": segment(0xEF, SECRET),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Image appears to be a malformed MPO file")
+@pytest.mark.parametrize("kind", PLANTED)
+def test_a_planted_value_of_any_kind_goes_and_is_counted(kind: str) -> None:
+    out = io.BytesIO()
+    picture().save(out, kind.partition(":")[0])
+    plain = strip_metadata(out.getvalue()).image
+    at = 33 if kind.startswith("png") else 2  # after IHDR, or SOI
+    stripped = strip_metadata(plain[:at] + PLANTED[kind] + plain[at:])
+    assert stripped.removed == {kind: 1} and stripped.image == plain
+
+
 def test_a_palettes_transparency_stays() -> None:
     image = picture("P")
     out = io.BytesIO()

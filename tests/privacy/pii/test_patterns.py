@@ -41,7 +41,7 @@ FOUND = {
     "-33.8568,151.2153"],
     "home_path": [
         "/home/jane/cat.png", "/Users/jane", r"C:\Users\Jane Roe\Desktop\cat.svg", "file:///home/jane/cat.svg",
-        r"C:\Documents and Settings\jane", "/mnt/c/Users/jane",
+        r"C:\Documents and Settings\jane", r"D:\Users\jane\My Pictures\cat.png", "/mnt/c/Users/jane",
     ],
     "username": ["@jane_roe", "@jane@example.social"],
     "plate": ["AB12 CDE", "AB-123-CD", "ABC1D23", "KA 01 AB 1234"],
@@ -68,6 +68,7 @@ NOT_FOUND = [
     "4111 1111 1111 1112",  # Luhn
     "4111 1111 1111",  # 12 digits
     "9111111111111111",  # no network's
+    "business card: 4222222222222", "Visitenkarte 4222222222222",  # of no network's length
     "DE88370400440532013000",  # mod 97
     "DE8937040044053201300",  # one character short
     "000-12-3456", "666-12-3456", "900-12-3456", "123-00-4567", "123-45-0000",  # never issued by rule

@@ -2,7 +2,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from privacy.pii.policy import Policy, Threshold, check_entities
+from privacy.pii.policy import Gliner, Names, Policy, Presidio, Threshold, check_entities
 
 WHOLE = """
 detectors: [patterns, names, faces_fast, faces]
@@ -13,6 +13,9 @@ uncertain: quarantine
 box_margin: 0.2
 pseudonyms: {key_id: 0123456789abcdef}
 """
+
+
+GLINER = Gliner(model="/models/one", digest="a" * 64, labels={"a person's name": "person", "badge number": "badge"})
 
 
 def policy(text: str) -> Policy:
@@ -43,6 +46,7 @@ def test_the_digest_follows_every_choice_and_not_how_it_is_written() -> None:
     changed = {
         "detectors": ("patterns", "names", "faces"), "captions": {}, "images": {}, "thresholds": {},
         "uncertain": "act", "box_margin": 0.3, "pseudonyms": None, "max_caption_length": 7,
+        "names": Names(model="m", digest="b" * 64), "presidio": Presidio(least_score=0.1), "gliner": GLINER,
     }  # fmt: skip
     assert set(changed) == set(Policy.model_fields)
     digests = {whole.model_copy(update={key: value}).digest() for key, value in changed.items()}
@@ -78,6 +82,15 @@ def test_a_policy_cannot_be_changed() -> None:
         ("box_margin: -1", r"box_margin\n.*greater than or equal to 0"),
         ("pseudonyms: {key_id: secret}", r"pseudonyms\.key_id\n"),
         ("detektors: []", r"detektors\n.*Extra inputs are not permitted"),
+        ("detectors: [gliner]", "detectors and the section gliner go together"),
+        (
+            "gliner: {model: here, digest: " + "a" * 64 + ", labels: {person: person}}",
+            "detectors and the section gliner go together",
+        ),
+        ("{detectors: [gliner], gliner: {model: here, digest: ab, labels: {}}}", r"digest\n.*\n.*\n.*labels\n"),
+        ("presidio: {least_score: 0.1}", "there is a section presidio, and detectors does not name it"),
+        ("{detectors: [presidio], presidio: {entities: [persons]}}", "finds no 'persons'; did you mean 'person'"),
+        ("{detectors: [presidio], captions: {PERSON: drop}}", "captions: no detector finds 'PERSON'; did you mean 'pe"),
     ],
 )
 def test_a_mistake_is_told_by_key_value_and_mend(text: str, told: str) -> None:
@@ -85,11 +98,21 @@ def test_a_mistake_is_told_by_key_value_and_mend(text: str, told: str) -> None:
         policy(text)
 
 
-def test_what_an_adapter_finds_is_checked_once_it_is_open() -> None:
-    open_ended = policy("{detectors: [presidio], captions: {PERSON: drop}}")
-    with pytest.raises(ValueError, match=r"policy.captions: no detector finds 'PERSON'; did you mean 'person'"):
-        check_entities(open_ended, ("person",), ())
-    check_entities(policy("{detectors: [presidio], captions: {person: drop}}"), ("person",), ())
+def test_what_an_adapter_finds_is_what_its_section_asks_for_in_captions_and_in_images() -> None:
+    choices = {"captions": {"badge": "drop"}, "images": {"badge": "drop"}, "gliner": GLINER}
+    asked = Policy.model_validate({"detectors": ["gliner", "image_text"], **choices})
+    assert asked.settings("gliner") == GLINER.model_dump()
+    with pytest.raises(ValidationError, match="images: no detector finds 'badge'"):
+        Policy.model_validate({"detectors": ["gliner", "faces"], **choices})
+    with pytest.raises(ValueError, match=r"policy.captions: no detector finds 'badge'"):
+        check_entities(asked, ("person",), ())  # the open detector is not the one of the policy
+
+
+def test_where_a_models_folder_lies_is_no_part_of_the_digest() -> None:
+    there = Policy(detectors=("gliner",), gliner=GLINER)
+    moved = Policy(detectors=("gliner",), gliner=GLINER.model_copy(update={"model": "/elsewhere"}))
+    other = Policy(detectors=("gliner",), gliner=GLINER.model_copy(update={"digest": "b" * 64}))
+    assert there.digest() == moved.digest() != other.digest()
 
 
 def test_no_detector_at_all_is_a_policy_that_strips_metadata_alone() -> None:

@@ -1,0 +1,106 @@
+"""What a recipe may say of a source: its kind, its parts and the shares of each split."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from blake3 import blake3
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from train.images import MAX_PIXELS
+
+Split = Literal["public", "private", "test"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Part(_Section):
+    """A piece of a source and the shares of its privacy units that go to each split."""
+
+    splits: dict[Split, Annotated[float, Field(gt=0, le=1)]]
+
+    @field_validator("splits")
+    @classmethod
+    def _shares_are_the_whole(cls, splits: dict[Split, float]) -> dict[Split, float]:
+        if abs(sum(splits.values()) - 1) > 1e-9:
+            raise ValueError(f"the shares of splits add up to {sum(splits.values()):g}: make them 1")
+        return splits
+
+    def split_of(self, unit: str, seed: int) -> Split:
+        """A unit's split, a function of (seed, unit): whatever else the source holds, and all its records together."""
+        at = int.from_bytes(blake3(f"{seed}:{unit}".encode()).digest(8)) / 2**64
+        chosen: Split = next(iter(self.splits))
+        for split, share in self.splits.items():
+            chosen, at = split, at - share
+            if at < 0:
+                break
+        return chosen
+
+
+class Source(_Section):
+    """What every source is asked for."""
+
+    max_pixels: Annotated[int, Field(gt=0)] = MAX_PIXELS  # width * height of an image; more are quarantined
+    max_quarantine_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05  # more of all records fail the stage
+
+
+class DigitsSource(Source):
+    """The 1,797 handwritten digits inside scikit-learn (8x8, grey), with personal data planted in the private split."""
+
+    kind: Literal["digits"]
+
+
+class IdxPart(Part):
+    """A pair of MNIST-format files, plain or gzipped."""
+
+    images: str
+    labels: str
+
+
+class IdxSource(Source):
+    """MNIST-format files of grey images; a class's name is its images' caption."""
+
+    kind: Literal["idx"]
+    parts: Annotated[tuple[IdxPart, ...], Field(min_length=1)]
+    class_names: Annotated[tuple[str, ...], Field(min_length=1)] = tuple("0123456789")
+
+
+class ShapedSource(Source):
+    """A source of images of any shape: without these, PNG and JPEG bytes are kept and other formats become PNG."""
+
+    image_size: Annotated[int, Field(gt=0)] | None = None  # centre crop and resize to a square
+    channels: Literal[1, 3] | None = None  # convert to grey or RGB
+
+
+class FolderPart(Part):
+    """A folder with one sub-folder a class; beside NAME.png may lie a caption, NAME.txt, and a drawing, NAME.svg."""
+
+    folder: str
+
+
+class ImageFolderSource(ShapedSource):
+    """Folders of images; the classes are the sub-folders' names, sorted, and the captions where no file has one."""
+
+    kind: Literal["image_folder"]
+    parts: Annotated[tuple[FolderPart, ...], Field(min_length=1)]
+
+
+class ShardPart(Part):
+    """Existing WebDataset tars: a path or fsspec URL, with * for several."""
+
+    shards: str
+
+
+class WebDatasetSource(ShapedSource):
+    """Existing WebDataset tars (KEY.png|jpg|..., .cls, .txt, .svg; `unit` of KEY.json names the privacy unit)."""
+
+    kind: Literal["webdataset"]
+    parts: Annotated[tuple[ShardPart, ...], Field(min_length=1)]
+    num_classes: Annotated[int, Field(gt=0)]
+
+
+SourceConfig = Annotated[
+    DigitsSource | IdxSource | ImageFolderSource | WebDatasetSource, Field(discriminator="kind")
+]  # fmt: skip
