@@ -132,13 +132,14 @@ def copies(weight: Tensor, num_rows: int, site: Site | None) -> Tensor:
     return apply(_Copies(num_rows), site, weight.new_empty(0), weight=weight)
 
 
-def experts_linear(x: Tensor, experts: Tensor, weight: Tensor, site: Site | None) -> Tensor:
+def experts_linear(x: Tensor, experts: Tensor, weight: Tensor, site: Site | None, *, name: str = "weight") -> Tensor:
     """Each token through the matrix of its own expert: x (B*K, N, P), experts (B*K, N), weight (E, D, P).
 
-    Gradients are summed within record and expert before the norm is taken. Returns (B*K, N, D).
+    `name` is the weight's in its layer. Gradients are summed within record and expert before the norm is taken.
+    Returns (B*K, N, D).
     """
-    rule = _ExpertsLinear(experts)
-    return rule.forward(x, weight) if site is None else apply(rule, site, x, weight=weight)
+    rule = _ExpertsLinear(experts, name)
+    return rule.forward(x, weight) if site is None else apply(rule, site, x, **{name: weight})
 
 
 def _apply(rule: Rule, site: Site, x: Tensor, **parameters: Tensor | None) -> Tensor:
@@ -282,6 +283,7 @@ class _Copies(Rule):
 @dataclass(frozen=True, eq=False)
 class _ExpertsLinear(Rule):
     experts: Tensor
+    name: str
 
     def forward(self, x: Tensor, *parameters: Tensor | None) -> Tensor:
         (weight,) = parameters
@@ -295,8 +297,8 @@ class _ExpertsLinear(Rule):
 
     def gradients(self, site: Site, grad_y: Tensor, x: Tensor, shapes: Shapes) -> Gradients:
         experts_BN = self.experts.reshape(site.num_records, -1)
-        found = ExpertOuterProducts(experts_BN, site.by_record(grad_y), site.by_record(x), shapes["weight"])
-        return {"weight": found}
+        found = ExpertOuterProducts(experts_BN, site.by_record(grad_y), site.by_record(x), shapes[self.name])
+        return {self.name: found}
 
     def _through(self, x: Tensor, matrices_EPD: Tensor) -> Tensor:
         y = x.new_zeros(*x.shape[:-1], matrices_EPD.shape[-1], dtype=torch.result_type(x, matrices_EPD))

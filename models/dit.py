@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from kernels.adaln import adaln
 from models.layers import (
@@ -23,6 +22,7 @@ from models.layers import (
     Embedding,
     Linear,
     TimestepEmbedding,
+    fill_in,
     modulated_norm,
     sincos_positions,
 )
@@ -164,19 +164,13 @@ class DiT(nn.Module):
         """Fill in the position features, which no checkpoint holds."""
         self.positions.copy_(sincos_positions(self.config.grid_size, self.config.width))
 
-    @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
         """Fill in every parameter and buffer as the paper does: Xavier, with the gates and the output at zero.
 
-        Guarantee: the weights are a function of the generator's seed and the config, whatever the device or sharding:
-        each tensor is drawn whole on the CPU, and a sharded parameter (DTensor) keeps its own part.
+        Guarantee: that of `models.layers.fill_in`.
         """
         self.init_buffers()
-        for name, parameter in self.named_parameters():
-            value = self.initial_value(name, tuple(parameter.shape), generator)
-            if isinstance(parameter, DTensor):
-                value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-            parameter.copy_(value)
+        fill_in(self, self.initial_value, generator)
 
     @staticmethod
     def initial_value(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

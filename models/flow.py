@@ -52,10 +52,15 @@ class Objective(BaseModel):
         """
         # fp32 even where the model computes in bf16: the path and the error keep their precision
         x0, noise, t_B = x0.float(), noise.float(), t_B.float()
-        alpha, sigma = self.path(t_B.view(-1, *[1] * (x0.ndim - 1)))
-        prediction = model(alpha * x0 + sigma * noise, t_B, y_B).float()
-        target = {"flow": noise - x0, "epsilon": noise, "v": alpha * noise - sigma * x0}[self.prediction]
+        x_t, target = self.noised(x0, noise, t_B.view(-1, *[1] * (x0.ndim - 1)))
+        prediction = model(x_t, t_B, y_B).float()
         return (prediction - target).square().flatten(1).mean(1)
+
+    def noised(self, x0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """x_t and what the model is to predict of it; `t` broadcasts."""
+        alpha, sigma = self.path(t)
+        target = {"flow": noise - x0, "epsilon": noise, "v": alpha * noise - sigma * x0}[self.prediction]
+        return alpha * x0 + sigma * noise, target
 
     def path(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """alpha(t) and sigma(t)."""

@@ -7,10 +7,12 @@ the operations of `kernels.per_record`, whose first dimension is always the reco
 # B records, N tokens, D model width, H heads, K head width, S sinusoid features
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from kernels import per_record
 from kernels.adaln import adaln
@@ -178,3 +180,21 @@ def sincos_positions(grid_size: int, width: int) -> Tensor:
     angles = torch.arange(grid_size, dtype=torch.float64, device="cpu")[:, None] * frequencies
     axis = torch.cat([torch.sin(angles), torch.cos(angles)], dim=-1)
     return torch.cat([axis.repeat(grid_size, 1), axis.repeat_interleave(grid_size, dim=0)], dim=-1).float()
+
+
+@torch.no_grad()
+def fill_in(
+    model: nn.Module,
+    initial_value: Callable[[str, tuple[int, ...], torch.Generator], Tensor],
+    generator: torch.Generator,
+) -> None:
+    """Give every parameter its `initial_value(name, shape, generator)`, in the order of the parameters.
+
+    Guarantee: the weights are a function of the generator's seed and the model, whatever the device or sharding: each
+    tensor is drawn whole on the CPU, and a sharded parameter (DTensor) keeps its own part.
+    """
+    for name, parameter in model.named_parameters():
+        value = initial_value(name, tuple(parameter.shape), generator)
+        if isinstance(parameter, DTensor):
+            value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.copy_(value)

@@ -16,7 +16,8 @@ from train.hardware import Hardware, find_hardware, known_hardware
 from train.launchers import Placement, stage_command, worker_arguments
 from train.recipe import ConfigError, Recipe, model_of
 from train.shards import parse_entry
-from train.sources import DIGITS_SPLITS, DigitsSource
+from train.source_config import DigitsSource
+from train.sources import DIGITS_SPLITS
 
 FP32 = 4  # bytes
 

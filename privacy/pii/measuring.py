@@ -132,7 +132,8 @@ def _count(counts: Counts, caption: GoldCaption, findings: Sequence[Finding], ju
         values = [gold for gold in caption.gold if gold.entity == entity]
         for finding in own:
             true = any(finding.start < gold.end and gold.start < finding.end for gold in values)
-            counts.add(true, f"precision.{entity}", *([f"precision.{entity}.{caption.locale}"] if caption.locale else []))
+            locale = (f"precision.{entity}.{caption.locale}",) if caption.locale else ()
+            counts.add(true, f"precision.{entity}", *locale)
         for gold in values:
             shown = _shows(caption.text, gold, _outside(caption.text, own))
             names = (f"recall.{entity}", f"recall.{entity}.{caption.locale}", f"recall.all.{caption.locale}")
