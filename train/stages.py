@@ -294,8 +294,10 @@ def _eval_pii(stage: EvalPiiStage, run: RunFolder, progress: Progress) -> Result
             f"{len(failed)} of {num_thresholds} thresholds missed: {'; '.join(failed)}; all figures are in "
             f"{folder / 'figures.json'}"
         )
-    headline = pii_headline(figures) | {"thresholds": f"all {num_thresholds} met", "picture": str(picture)}
     detectors = {detector.name: detector.version for detector in (*tools.texts, *tools.images)}
+    headline = pii_headline(figures) | {"thresholds": f"all {num_thresholds} met", "picture": str(picture)}
+    if "names" in detectors:
+        headline["names found by"] = detectors["names"]
     metrics = {"headline": headline, "rows": rows, "detectors": detectors, "policy_sha256": policy.digest()}
     return Result(metrics, digests([folder / "figures.json", picture]), {"eval_pii": stage.seed})
 

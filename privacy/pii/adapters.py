@@ -1,14 +1,15 @@
 """Detectors that others wrote, behind our interface: Presidio and GLiNER, each an extra of its own.
 
-Neither asks the network for anything, at opening or later, and neither is as good on captions as what is built in: they
-are here to be compared with, and for entities and languages that we do not know. Sources: Microsoft Presidio; Zaratiana
-et al. 2024, GLiNER: Generalist Model for Named Entity Recognition using Bidirectional Transformer.
+Neither asks the network for anything, at opening or later. `scripts/bench.py pii` measures Presidio beside ours; no
+GLiNER model was measured, for none comes in a package. Sources: Microsoft Presidio; Zaratiana et al. 2024, GLiNER:
+Generalist Model for Named Entity Recognition using Bidirectional Transformer.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -50,6 +51,7 @@ class PresidioDetector:
     def __init__(self, entities: Sequence[str], least_score: float) -> None:
         presidio = _package("presidio", "presidio_analyzer")
         engines = _package("presidio", "presidio_analyzer.nlp_engine")
+        logging.getLogger("presidio-analyzer").disabled = True  # it logs the text of an IBAN that it fails to check
         folder = packaged_folder("presidio", _SPACY_PACKAGE, _SPACY_FOLDER, _SPACY_SHA256)
         spacy = _package("presidio", "spacy")
         nlp = spacy.load(folder)

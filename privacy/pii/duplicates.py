@@ -51,8 +51,8 @@ class DuplicatesConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     image_bits: Annotated[int, Field(ge=0, le=16)] = 10  # of 128 that may differ
-    # Root mean square of that of the mean colours, as a share of their contrast. A copy that was stored again as a JPEG
-    # or at half size differs by less; a clock at another hour and a card of another suit by more (docs/sharp_edges.md).
+    # Root mean square of that of the mean colours, as a share of their contrast. Most copies stored again as a JPEG or
+    # at half size differ by less; cards of two suits by more, and so does a copy with a mark or of another contrast.
     colour_difference: Annotated[float, Field(ge=0, lt=1)] = 0.07
     caption_similarity: Annotated[float, Field(gt=0, le=1)] = 0.7  # Jaccard, estimated to about .06
     # Pixels. Smaller images hold too little to tell a copy from a likeness: they are near where their bytes are equal.

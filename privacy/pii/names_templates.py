@@ -1,6 +1,7 @@
 """Templates of the sentences that the tagger of names learns from, one a line; \\n and \\t are what they say.
 
 {person}: in any form; {first}, {last}, {address}, {street}: parts of one; the rest is no business of that tagger.
+Long, for it is all data.
 """
 
 from __future__ import annotations
@@ -468,6 +469,98 @@ write to {email} or call {phone} now
 card number {card}
 iban {iban}
 born {date}
+{mac}
+device {mac} at {ip}
+{ip} {noun}
+{gps}
+taken at {gps}
+{noun} at {gps} on {date}
+plate {plate}
+{adj} {brand} with plate {plate}
+{plate}
+{national_id}
+id {national_id}, {noun} {n}
+ssn {ssn}
+{home_path}
+file {home_path}
+user {username} {verb}ed {n} {noun}s
+{username}
+{url}
+{iban}
+{card}
+{phone}
+{email}
+order {code}, {n} {noun}s, {date}
+order no. {n}-{n}-{n}
+invoice {n}/{year}
+ISBN {n}-{n}-{n}-{letter}
+part number {letter}{n}-{n}
+serial {code}-{code}
+model {letter}{n}{letter}, {year}
+{brand} {letter}{n}
+{brand} {letter}{n} {noun}, size {n}
+flight {letter}{letter}{n} to {city}
+train {n} from {city} to {city}, platform {n}
+highway {n}
+route {n} near {city}
+exit {n}, {city}
+gate {n}, {city} airport
+bus stop {n}
+hotel room {n} in {city}
+floor {n}
+{n} floors
+{n} rooms, {n} {noun}s
+{n} km to {city}
+{n} km, {city}
+{n}.{n}.{n}
+v{n}.{n}.{n} released {date}
+{n}:{n}
+at {n}:30 in {city}
+{n}-{n} against {city}
+{city} {n}, {city} {n}
+{n}th {noun} in {city}
+the {n}th {headline}
+{n}rd {noun} of {year}
+${n}.99
+{n} euros, {n} cents
+€{n},{n}
+{n} x {n} cm
+{n}x{n}
+{n} by {n} {noun}s
+f/{n}, 1/{n} s, ISO {n}
+RGB {n}, {n}, {n}
+#{code}
+0x{code}
+chapter {n}, verse {n}
+{headline} {n}
+{noun} {n} {noun} {n}
+{n} {noun} {n}
+{n}, {n}, {n}
+no. {n}, {adj} {noun}
+No {n} {headline}
+{year}-{year}
+{city} {year}
+{city} {n}
+{n} {city}
+{n} {headline}
+{n} {adj} {noun}s in {city}, {country}
+{n} {nationality} {noun}s
+{n} people on the streets of {city}
+a {adj} street in {city}, {country}
+the main square of {city}
+the {adj} road to {city}
+{noun} way
+a long way
+an avenue of {noun}s
+a lane between {noun}s
+place your {noun} here
+court of {noun}
+drive a {brand}
+the {noun} drive
+table {n}
+figure {letter}{n}
+lot {n}, {noun}
+seat {n}{letter}, row {n}
 tel. {phone}, {org}
 {org}, {city}, {country}
 my card {card} was stolen in {city}

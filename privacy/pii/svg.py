@@ -80,13 +80,15 @@ _IS_NUMBERS = re.compile(
     re.ASCII,
 )
 _IS_STYLE = re.compile(r"[^\\<>{}@;:/&]*+")  # no scheme, no path, no escape, no rule
-_URL = re.compile(r"url\(\s*['\"]?#([^'\"()\s]+)['\"]?\s*\)")
+_URL = re.compile(r"url\(\s*['\"]?#([^'\"()\s]+)['\"]?\s*\)", re.IGNORECASE)
 # What no detector has to read: a number of plain size, a dash pattern, a colour.
 _NUMBER = r"[+-]?\d{0,6}(?:\.\d*)?(?:[eE][+-]?\d\d?)?(?:%|px|pt|pc|mm|cm|in|em|ex)?"
 _IS_EXACT = re.compile(
     rf"[\w-]*:\s*(?:{_NUMBER}|#[0-9a-fA-F]{{3,8}}|none)|stroke-dasharray:{_NUMBER}(?:[\s,]++{_NUMBER})*+",
     re.ASCII,
 )
+_CALL = re.compile(r"([\w-]*+)\(")
+_CALLS = _words("rgb rgba hsl hsla rect url")
 _LOCAL_PATH = re.compile(r"\s*(file:|/|~|[A-Za-z]:[\\/]|\\\\|\.\.?[\\/])", re.IGNORECASE)
 _CSS_RULE = re.compile(r"([\w\s.,#*>-]++)\{([^{}@\\<]*+)\}\s*+")
 _CSS_NAME = re.compile(r"([.#])([\w-]+)")
@@ -307,7 +309,8 @@ class _Reader:
     def _plain(self, value: str) -> str | None:
         """A property's value, which refers to nothing but what is in the drawing; None where it may not stay."""
         plain = _URL.sub(lambda found: f"url(#{_ours(self._identifiers, 'i', found[1])})", value)
-        if _IS_STYLE.fullmatch(plain) and plain.count("url(") == len(_URL.findall(plain)):
+        calls = [call.lower() for call in _CALL.findall(plain)]
+        if _IS_STYLE.fullmatch(plain) and _CALLS.issuperset(calls) and calls.count("url") == len(_URL.findall(plain)):
             return plain
         self._remove("path" if _LOCAL_PATH.match(value) or "file:" in value else "reference")
         return None

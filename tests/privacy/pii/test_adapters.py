@@ -1,3 +1,4 @@
+import importlib
 import io
 import itertools
 import json
@@ -110,6 +111,20 @@ def test_presidio_finds_under_our_names_and_asks_no_network(no_network: None) ->
     assert set(named) <= set(presidio.entities)
     assert all(one.detector == "presidio" and one.version == presidio.version for one in found)
     assert len(presidio.version) <= 200
+
+
+@pytest.mark.slow
+def test_what_presidio_logs_is_dropped(
+    presidio: PresidioDetector, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any) -> None:
+        raise ValueError
+
+    iban = importlib.import_module("presidio_analyzer.predefined_recognizers").IbanRecognizer
+    monkeypatch.setattr(iban, "_IbanRecognizer__generate_iban_check_digits", fail)
+    with caplog.at_level("DEBUG"):
+        presidio.detect(["IBAN GB82WEST12345698765432"])
+    assert "GB82" not in caplog.text
 
 
 @pytest.mark.slow

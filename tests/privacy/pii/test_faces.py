@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from privacy.pii import onnx_models
-from privacy.pii.findings import Box, MissingDetector
+from privacy.pii import onnx_models, planting_images
+from privacy.pii.findings import MissingDetector
 from privacy.pii.pixels import apply_boxes, decode
 
 pytest.importorskip("onnxruntime")
@@ -38,32 +38,6 @@ def crops() -> tuple[list[np.ndarray], list[np.ndarray]]:
     return images[:100], images[100:]
 
 
-def backgrounds(number: int) -> list[np.ndarray]:
-    """Pieces of photographs without a face, 256 px."""
-    rng = np.random.default_rng(1)
-    names = ("coffee", "chelsea", "rocket", "brick", "grass", "gravel", "horse", "coins", "page", "text", "clock")
-    pieces: list[np.ndarray] = []
-    for turn in range(number):
-        image = getattr(data, names[turn % len(names)])()
-        image = (image * 255).astype(np.uint8) if image.dtype == bool else image
-        image = image[..., :3] if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2)
-        side = int(rng.integers(128, min(image.shape[:2]) + 1))
-        top, left = (int(rng.integers(0, edge - side + 1)) for edge in image.shape[:2])
-        pieces.append(resized(np.ascontiguousarray(image[top : top + side, left : left + side]), 256))
-    return pieces
-
-
-def finds(boxes: list[Box], left: int, top: int, size: int) -> bool:
-    """Whether a box covers the middle of the face and is of its size."""
-    middle = (left + size / 2, top + size / 2)
-    return any(
-        box.left < middle[0] < box.right
-        and box.top < middle[1] < box.bottom
-        and 0.4 * size < box.right - box.left < 2 * size
-        for box in boxes
-    )
-
-
 def test_a_face_is_found_where_it_is(faces: FaceDetector) -> None:
     (found,) = faces.detect([data.astronaut()])
     (box,) = (box for box in found if box.score > 0.8)
@@ -84,28 +58,35 @@ def test_a_face_is_found_at_every_size(faces: FaceDetector, size: int) -> None:
     assert any(box.score >= 0.5 for box in faces.detect([canvas])[0])
 
 
-@pytest.mark.parametrize(("size", "at_least"), [(20, 0.85), (64, 0.95), (256, 0.95)])
-def test_recall_of_pasted_faces(faces: FaceDetector, size: int, at_least: float) -> None:
-    """Square crops without head or neck, enlarged from 25 px: harder than a photograph."""
-    rng = np.random.default_rng(size)
-    hits = 0
-    crops_, scenes = crops()[0][::4], backgrounds(25)
-    for face, scene in zip(crops_, scenes, strict=True):
-        left, top = (int(edge) for edge in rng.integers(0, 257 - size, 2))
-        scene[top : top + size, left : left + size] = resized(face, size)
-        hits += finds(faces.detect([scene])[0], left, top, size)
-    print(f"\nfaces of {size} px: {hits}/{len(scenes)}")
-    assert hits >= at_least * len(scenes)
+@pytest.mark.parametrize(("size", "number"), [(24, 12), (64, 4), (192, 4)])
+def test_planted_faces_are_found(faces: FaceDetector, size: int, number: int) -> None:
+    hits = sum(picture.found(faces.detect([picture.pixels])[0]) for picture in planting_images.faces(size, number))
+    print(f"\nfaces of {size} px: {hits}/{number}")
+    assert hits >= 0.75 * number
 
 
 def test_tiny_images_of_faces_and_false_alarms(faces: FaceDetector) -> None:
-    some, none = crops()
+    some, none = (images[::10] for images in crops())
     recall = sum(map(bool, faces.detect(some)))
     alarms = sum(map(bool, faces.detect(none)))
-    scenes = backgrounds(44)
+    scenes = list(planting_images.faceless(8))
     scene_alarms = sum(map(bool, faces.detect(scenes)))
-    print(f"\n25 px: {recall}/100 faces, {alarms}/100 false; scenes: {scene_alarms}/{len(scenes)} false")
-    assert recall >= 97 and alarms <= 2 and scene_alarms <= 1
+    print(f"\n25 px: {recall}/10 faces, {alarms}/10 false; scenes: {scene_alarms}/{len(scenes)} false")
+    assert recall >= 9 and alarms <= 1 and scene_alarms <= 1
+
+
+@pytest.mark.slow
+def test_faces_from_20_px_are_found_and_little_else(faces: FaceDetector) -> None:
+    """The issue's target, on pictures that nothing was tuned on."""
+    hits = number = 0
+    for size in planting_images.FACE_SIZES:
+        found = [picture.found(faces.detect([picture.pixels])[0]) for picture in planting_images.faces(size, 50)]
+        print(f"\nfaces of {size} px: {sum(found)}/{len(found)}")
+        hits, number = hits + sum(found), number + len(found)
+    scenes = [*planting_images.faceless(200), *planting_images.faceless_crops()]
+    alarms = sum(map(bool, faces.detect(scenes)))
+    print(f"all: {hits}/{number}; false: {alarms}/{len(scenes)}")
+    assert hits >= 0.97 * number and alarms <= 0.02 * len(scenes)
 
 
 def test_the_fast_tier_finds_what_is_large() -> None:
@@ -114,7 +95,7 @@ def test_the_fast_tier_finds_what_is_large() -> None:
 
 
 def test_an_answer_depends_on_its_image_alone(faces: FaceDetector) -> None:
-    images = [data.astronaut(), *backgrounds(2), *crops()[0][:2]]
+    images = [data.astronaut()[:256, :256], *planting_images.faceless(1), crops()[0][0]]
     assert faces.detect(images) == [faces.detect([image])[0] for image in images]
     assert faces.detect(images[::-1]) == faces.detect(images)[::-1]
     assert faces.detect([]) == []
@@ -131,7 +112,8 @@ def test_a_covered_face_is_found_no_more(faces: FaceDetector, action) -> None:
     Image.fromarray(data.astronaut()).save(out, "PNG")
     found = faces.detect([decode(out.getvalue())])[0]
     covered = decode(apply_boxes(out.getvalue(), found, action, 0.1))
-    assert not [box for box in faces.detect([covered])[0] if finds([box], 185, 80, 80)]
+    where = planting_images.Picture(covered, "face", 80, (185, 80, 265, 160))
+    assert not where.found(faces.detect([covered])[0])
 
 
 def test_no_global_random_state_is_touched(faces: FaceDetector) -> None:

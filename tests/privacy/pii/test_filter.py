@@ -343,6 +343,27 @@ def test_a_face_that_shows_through_the_blur_drops_the_record() -> None:
     assert (result.outcome, result.reason, result.image) == ("dropped", "image_still_shows_face", b"")
 
 
+def test_of_two_detectors_the_one_that_had_found_it_looks_again() -> None:
+    class Counting(Bright):
+        def __init__(self, name: str, score: float) -> None:
+            super().__init__(name, score)
+            self.looked = 0
+
+        def detect(self, images: Sequence[Pixels]) -> list[list[Box]]:
+            self.looked += len(images)
+            return super().detect(images)
+
+    policy = Policy(detectors=("faces_fast", "faces"), thresholds={"face": Threshold(certain=0.5, possible=0.5)})
+    unsure, sure = Counting("faces_fast", 0.2), Counting("faces", 0.9)
+    records = [Item(scene((3, 3)), None), Item(scene(), None)]
+    results = filter_records(records, policy, faces(unsure, sure))
+    assert [result.outcome for result in results] == ["kept", "kept"]
+    assert (unsure.looked, sure.looked) == (2, 3)
+    blur = policy.model_copy(update={"images": {"face": "blur"}})
+    (result,) = filter_records(records[:1], blur, faces(unsure, sure, shade=500))
+    assert result.reason == "image_still_shows_face"
+
+
 def test_a_box_within_the_paint_shows_nothing() -> None:
     (result,) = filter_records([Item(scene((3, 3)), None)], FACES, faces(shade=255))
     assert result.outcome == "kept"

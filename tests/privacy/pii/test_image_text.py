@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 pytest.importorskip("rapidocr_onnxruntime")
 pytest.importorskip("onnxruntime")
 
+from privacy.pii import planting_images
 from privacy.pii.findings import Finding
 from privacy.pii.image_text import ImageTextDetector
 from privacy.pii.patterns import PatternDetector
@@ -63,6 +64,32 @@ def test_strings_of_personal_data_are_found(reader: ImageTextDetector, size: int
     ]
     print(f"\ntext of {size} px: {sum(found)}/{len(found)}")
     assert sum(found) >= 0.9 * len(found)
+
+
+def test_strings_on_photographs_are_found(reader: ImageTextDetector) -> None:
+    pytest.importorskip("skimage")
+    pictures = [picture for size in (12, 20) for picture in planting_images.strings(size, 5)]
+    hits = sum(picture.found(reader.detect([picture.pixels])[0]) for picture in pictures)
+    print(f"\nstrings on photographs: {hits}/{len(pictures)}")
+    assert hits >= 0.8 * len(pictures)
+
+
+@pytest.mark.slow
+def test_strings_on_photographs_are_found_from_12_px(reader: ImageTextDetector) -> None:
+    """The issue's target, on photographs and in fonts that nothing was tuned on."""
+    pytest.importorskip("skimage")
+    hits = number = 0
+    for size in planting_images.TEXT_SIZES[1:]:  # of 10 px fewer are
+        found = [picture.found(reader.detect([picture.pixels])[0]) for picture in planting_images.strings(size, 50)]
+        print(f"\nstrings of {size} px: {sum(found)}/{len(found)}")
+        hits, number = hits + sum(found), number + len(found)
+    assert hits >= 0.95 * number
+
+
+def test_a_value_cut_in_two_within_its_row_is_found(reader: ImageTextDetector) -> None:
+    (boxes,) = reader.detect([drawn(("DE89 3704 0044", 4, 60), ("0532 0130 00", 136, 60), size=14)])
+    ibans = [box for box in boxes if box.entity == "iban"]
+    assert min(box.left for box in ibans) < 12 and max(box.right for box in ibans) > 200
 
 
 def test_clean_text_and_photographs_have_no_boxes(reader: ImageTextDetector) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from privacy.pii import pixels
 from privacy.pii.filter import FilterResult, Item, Tools, filter_records
-from privacy.pii.findings import Box, Pixels
+from privacy.pii.findings import Box, Finding, Pixels
 from privacy.pii.patterns import PatternDetector
 from privacy.pii.policy import Policy
 from privacy.pii.svg import MAX_BYTES, SvgError, read_svg
@@ -80,6 +80,9 @@ def filtered(source: bytes, **policy: object) -> FilterResult:
         (f'<use xlink:href="http://example.org/{SECRET}"/>', "reference"),
         (f'<a xlink:href="mailto:{SECRET}"></a>', "reference"),
         (f'<g style="fill:\\{SECRET}"/>', "reference"),
+        (f'<g fill="url({SECRET}.svg#a)"/>', "reference"),
+        (f'<g fill="URL({SECRET}.svg#a)"/>', "reference"),
+        (f"<g style=\"mask:image-set('{SECRET}.png' 1x)\"/>", "reference"),
         (f"<script>{SECRET}</script>", "script"),
         (f'<g onclick="{SECRET}"/>', "handler"),
         (f"<foreignObject><p>{SECRET}</p></foreignObject>", "foreignObject"),
@@ -229,6 +232,7 @@ def test_lettering_is_acted_on_as_captions_are() -> None:
         ("<title>jane@example.org</title><path/>", {"captions": {"email": "drop"}}, "holds_email"),
         ("<title>jane@example.org</title><path/>", {"captions": {"email": "quarantine"}}, "holds_email"),
         ("<title>long long</title><path/>", {"max_caption_length": 8}, "caption_too_long"),
+        ("<g type='long long'/><path/>", {"max_caption_length": 8}, "caption_too_long"),
         ("<metadata/>", {}, "nothing_drawn"),
     ],
 )  # fmt: skip
@@ -245,6 +249,23 @@ def test_numbers_and_colours_of_a_drawing_are_no_telephones() -> None:
     inside = '<path d="M 212 555 0143 4111,1111 1111 1111" style="stroke-dasharray:2.5,21.2;fill:#21255501"/>'
     result = filtered(svg(inside + '<g opacity=".4111111111111111" stroke="#00112233"/>'))
     assert result.svg is not None and result.found_by == {}
+
+
+def test_our_own_words_in_a_drawing_are_no_persons() -> None:
+    class Names:
+        name, version, entities = "names", "1", ("person",)
+
+        def detect(self, texts: Sequence[str]) -> list[list[Finding]]:
+            words = [re.finditer("Jane|PERSON", text) for text in texts]
+            return [[Finding("person", word.start(), word.end(), "names", "1") for word in found] for found in words]
+
+    source = svg("<text>of Jane</text><text>of PERSON</text>"), svg("<text>of Jane</text><g type='PERSON'/>")
+    results = filter_records(
+        [Item(png(), None, one) for one in source], Policy(detectors=("names",)), Tools((Names(),))
+    )
+    first, second = (result.svg for result in results)
+    assert first is not None and inner(first) == "<text>of [PERSON]</text><text>of [PERSON]</text>"
+    assert second is None and results[1].metadata == {"svg:left_out:still_shows_person": 1}
 
 
 def test_a_detector_that_fails_on_a_drawing_leaves_it_out() -> None:
@@ -303,6 +324,7 @@ def test_a_record_that_is_not_kept_has_no_drawing() -> None:
     policy = Policy(captions={"email": "drop"})
     (result,) = filter_records([Item(png(), "a@example.org", svg())], policy, Tools((PatternDetector(),)))
     assert (result.outcome, result.svg) == ("dropped", None)
+    assert not any(kind.startswith("svg:") for kind in result.metadata)
 
 
 SEEDS = [
