@@ -7,6 +7,7 @@ RUN ?= runs/digits
 # a file's tests share what they prepare, so a file goes to one process
 PARALLEL ?= --numprocesses auto --maxprocesses 4 --dist loadfile
 export DS_ACCELERATOR ?= cpu
+export RAY_USAGE_STATS_ENABLED ?= 0
 
 .PHONY: help setup demo demo-crash test test-slow check bench clean
 
@@ -20,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 	# torch first: deepspeed's build imports it, and an unpinned torch would bring gigabytes of CUDA
 	$(BIN)/pip install --quiet --constraint constraints.txt setuptools wheel numpy torch
 	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation deepspeed
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev,pii,presidio,ray]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev,pii,presidio,gliner,ray,tokenizers]'
 	touch $(STAMP)
 
 demo: $(STAMP)  ## the main job on embedded data: two ranks on the CPU, into runs/digits
