@@ -14,7 +14,7 @@ from privacy.pii.policy import Policy
 from privacy.pii.pseudonyms import Pseudonyms
 
 _SIZE = (320, 200)
-# Nobody's: names made up, example.com is reserved (RFC 2606), as are 555-01xx numbers and 192.0.2.0/24 (RFC 5737).
+# Nobody's: names made up, the domain .example is reserved (RFC 2606), as are 555-01xx numbers and 192.0.2.0/24 (RFC 5737).
 _SVG = b"""<svg xmlns="http://www.w3.org/2000/svg" xmlns:sodipodi="http://sodipodi.sourceforge.net/DTD/sodipodi-0.dtd"
  xmlns:dc="http://purl.org/dc/elements/1.1/" width="32" height="20" sodipodi:docname="/home/jordan/flag.svg">
 <metadata><dc:creator>Jordan Ashgrove</dc:creator></metadata><!-- drawn by Jordan --><path d="M2 2h20v12H2z"/></svg>"""
@@ -42,12 +42,12 @@ def make_samples(policy: Policy, tools: Tools) -> list[Sample]:
         (
             "A caption that names somebody",
             "a red flag",
-            Item(_png(_flag()), "Jordan Ashgrove of 14 Mill Lane, Ashford; jordan.ashgrove@example.com, 212-555-0143"),
+            Item(_png(_flag()), "Jordan Ashgrove of 14 Mill Lane, Ashford; jordan.ashgrove@mail.example, 212-555-0143"),
         ),
         (
             "Text in the image",
             "a plain ground with an e-mail address and a telephone number written on it",
-            Item(_png(_written("Contact:", "m.okafor@example.com", "+1 212 555 0187")), "a note on a door"),
+            Item(_png(_written("Contact:", "m.okafor@mail.example", "+1 212 555 0187")), "a note on a door"),
         ),
         (
             "An author in the image's metadata and in its drawing",
