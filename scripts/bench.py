@@ -18,7 +18,7 @@ from rich.table import Table
 
 from train import check_packages
 
-_WIDEST = 32  # characters of a word that is a value; the file has all
+_WIDEST = 28  # characters of a word that is a value; the file has all
 
 
 def main() -> int:

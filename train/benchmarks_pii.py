@@ -43,9 +43,9 @@ TIMED_CAPTIONS, TIMED_IMAGES, ROUNDS, BATCH = 512, 24, 3, 64
 
 # On one core.
 LEAST_SPEEDS = {"patterns_mb_a_second": 1.0, "captions_a_second": 500.0, "times_presidio": 3.0, "images_a_second": 8.0}
-_LOCALE = re.compile(r"(?:precision\.\w+|recall\.(?!all\.|person\.|address\.|phone\.)\w+)\.[a-z]{2}_[A-Z]{2}$")
-
-_ALARMS = re.compile(r"(?:false_alarms|found_in)\.\w+\.(?!person|address|any)")
+_OF_LOCALE = re.compile(r"\.[a-z]{2}_[A-Z]{2}$")
+_LOCALES_SHOWN = re.compile(r"(?:other_languages\.)?recall\.(?:person|address)\.|recall\.(?:all|phone)\.")
+_DULL_IF_NONE = re.compile(r"(?:false_alarms|found_in)\.\w+\.(?!person|address|any)|metadata\.survives\.")
 
 log = logging.getLogger(__name__)
 
@@ -77,13 +77,11 @@ def pii(part: str | None = None, names: Path | None = None) -> list[Row]:
         if rivals is not None:
             planted = captions(stage.seed, RIVAL_CAPTIONS)
             figures = measure_findings(planted, _RIVAL, rivals, _Tell())
-            rows += judge("pii.presidio", _readable(figures), {}, {})
+            rows += judge("pii", _without_locales("presidio.", figures), {}, {})
     if part in (None, "speed"):
         rows += _speeds(stage.policy, tools, rivals)
-    # What kills do to a filter stage takes longer than all of this: it is a test.
-    kills = Row(
-        name="pii.records_lost_by_kills", value=None, unit="pytest -m slow tests/train/test_filter_job.py", target=0
-    )
+    # What kills do to a filter stage takes longer than all of this: it is a slow test.
+    kills = Row(name="pii.records_lost_by_kills", value=None, unit="test_filter_job.py", target=0)
     return rows if part else [*rows, kills]
 
 
@@ -108,7 +106,7 @@ def _quality(stage: EvalPiiStage, tools: Tools, part: str | None) -> list[Row]:
         foreign = presidio_sentences(stage.captions, stage.seed)
         if foreign:
             found = measure_findings(foreign, stage.policy, tools, tell)
-            figures |= {f"presidio_sentences.{name}": share for name, share in _readable(found).items()}
+            figures |= _without_locales("presidio_sentences.", found)
         for name in ("emoji", "openclipart"):
             if texts := fetched_captions(name):
                 found = measure_false_alarms(texts, stage.policy, tools, tell)
@@ -121,12 +119,16 @@ def _quality(stage: EvalPiiStage, tools: Tools, part: str | None) -> list[Row]:
     return judge("pii", _readable(figures), *measured)
 
 
+def _without_locales(prefix: str, figures: Figures) -> Figures:
+    return {f"{prefix}{name}": share for name, share in figures.items() if not _OF_LOCALE.search(name)}
+
+
 def _readable(figures: Figures) -> Figures:
     """Without what is too much to read: `eval_pii` writes all."""
     return {
         name: share
         for name, share in figures.items()
-        if not _LOCALE.search(name) and (share.hits or not _ALARMS.match(name))
+        if (_LOCALES_SHOWN.match(name) or not _OF_LOCALE.search(name)) and (share.hits or not _DULL_IF_NONE.match(name))
     }
 
 

@@ -42,7 +42,7 @@ _Boxes = tuple[NDArray[np.float64], NDArray[np.float64]]  # edges_B4 (left, top,
 
 
 class FaceDetector:
-    """The ImageDetector "faces", at 160 and 512 px and more; with `fast` it is "faces_fast", one pass at 320 px.
+    """The ImageDetector "faces"; with `fast` it is "faces_fast", which looks once, at 320 px.
 
     Raises MissingDetector when opened, where the package or its model is absent. Each image is looked at by itself.
     Measured on images of 256 px, for faces from 20 px; in images over 1,152 px a face has to be larger in proportion.

@@ -108,13 +108,16 @@ class Corpus:
             for kind, block in (("person", PERSONS), ("address", ADDRESSES), ("plain", PLAIN))
         }
 
-    def sentence(self, chance: random.Random, kind: str | None = None) -> Sentence:
-        """A sentence of a kind: "person", "address" or "plain"; by default any. Some have not what they are called."""
+    def sentence(self, chance: random.Random, kind: str | None = None, as_meant: bool = False) -> Sentence:
+        """A sentence of a kind: "person", "address" or "plain"; by default any.
+
+        as_meant: of a template as it stands; otherwise some have names out of place, or what is none in theirs.
+        """
         kind = kind or _weighted(chance, _KINDS)
         region = _weighted(chance, _REGIONS)
         sentence = Sentence()
         case = _case(chance)
-        style = chance.random()
+        style = 1.0 if as_meant else chance.random()
         if style < 0.1 and kind != "plain":
             self._scatter(chance, region, kind, sentence)
         elif style < 0.35:

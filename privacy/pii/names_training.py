@@ -315,7 +315,7 @@ def measure(detector: NamesDetector, held_out: Corpus, seed: int) -> dict[str, f
     A name is found where half of its letters are, and leaks where one is left: by findings of SURE or more.
     """
     chance = random.Random(seed)
-    named = [held_out.sentence(chance, kind) for kind in ("person", "address") for _ in range(1500)]
+    named = [held_out.sentence(chance, kind, as_meant=True) for kind in ("person", "address") for _ in range(1500)]
     counts: Counter[str] = Counter()
     for sentence, found in zip(named, detector.detect([one.text for one in named]), strict=True):
         sure = [finding for finding in found if finding.score >= SURE]
@@ -323,18 +323,21 @@ def measure(detector: NamesDetector, held_out: Corpus, seed: int) -> dict[str, f
         for entity, start, end in sentence.spans:
             letters = [place for place in range(start, end) if sentence.text[place].isalnum()]
             hidden = sum(any(one.start <= place < one.end for one in sure) for place in letters)
-            counts[entity] += 1
-            counts[f"{entity} found"] += 2 * hidden >= len(letters)
+            words = "one_word" if entity == "person" and " " not in sentence.text[start:end].strip() else "words"
+            for what in (entity, f"{entity}_of_{words}"):
+                counts[what] += 1
+                counts[f"{what} found"] += 2 * hidden >= len(letters)
             leaks |= hidden < len(letters)
         uncertain = len(sure) < len(found)
         counts["holding"] += bool(sentence.spans)
         counts["leaking"] += leaks
         counts["leaking and certain"] += leaks and not uncertain
-    figures = {f"{entity}_recall": counts[f"{entity} found"] / counts[entity] for entity in ENTITIES}
+    kinds = (*ENTITIES, "person_of_words", "person_of_one_word")
+    figures = {f"{kind}_recall": counts[f"{kind} found"] / counts[kind] for kind in kinds}
     figures["leaking"] = counts["leaking"] / counts["holding"]
     figures["leaking_without_the_uncertain"] = counts["leaking and certain"] / counts["holding"]
     for name, texts in (
-        ("plain", [held_out.sentence(chance, "plain") for _ in range(2000)]),
+        ("plain", [held_out.sentence(chance, "plain", as_meant=True) for _ in range(2000)]),
         ("emoji", [Sentence(name) for name in emoji_names()]),
     ):
         alone = [sentence.text for sentence in texts if not sentence.spans]

@@ -14,7 +14,7 @@ from privacy.pii.policy import Policy
 from privacy.pii.pseudonyms import Pseudonyms
 
 _SIZE = (320, 200)
-# Nobody's: names made up, the domain .example is reserved (RFC 2606), as are 555-01xx numbers and 192.0.2.0/24 (RFC 5737).
+# Nobody's: names made up; the domain .example (RFC 2606), 555-01xx numbers and 192.0.2.0/24 (RFC 5737) are reserved.
 _SVG = b"""<svg xmlns="http://www.w3.org/2000/svg" xmlns:sodipodi="http://sodipodi.sourceforge.net/DTD/sodipodi-0.dtd"
  xmlns:dc="http://purl.org/dc/elements/1.1/" width="32" height="20" sodipodi:docname="/home/jordan/flag.svg">
 <metadata><dc:creator>Jordan Ashgrove</dc:creator></metadata><!-- drawn by Jordan --><path d="M2 2h20v12H2z"/></svg>"""

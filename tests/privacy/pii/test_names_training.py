@@ -179,11 +179,12 @@ def test_a_training_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_the_default_training_reaches_its_targets(tmp_path: Path) -> None:
+def test_the_default_training_finds_what_it_is_meant_to(tmp_path: Path) -> None:
+    """A word alone, out of all context, is harder to tell; no figure is the best that was seen."""
     figures = train_names(tmp_path / "names", 3, 0, lambda *_: None)
-    assert figures["person_recall"] >= 0.93 and figures["address_recall"] >= 0.85
+    assert figures["person_of_words_recall"] >= 0.95 and figures["person_of_one_word_recall"] >= 0.8
+    assert figures["address_recall"] >= 0.95 and figures["person_alarms_emoji"] <= 0.06
     assert figures["leaking"] <= 0.10 and figures["leaking_without_the_uncertain"] <= 0.02
-    assert figures["person_alarms_emoji"] <= 0.03
 
 
 @pytest.mark.slow
