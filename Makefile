@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 	# torch first: deepspeed's build imports it, and an unpinned torch would bring gigabytes of CUDA
 	$(BIN)/pip install --quiet --constraint constraints.txt setuptools wheel numpy torch
 	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation deepspeed
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev,pii,presidio,gliner,ray,tokenizers]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev,pii,names,presidio,gliner,ray,tokenizers]'
 	touch $(STAMP)
 
 demo: $(STAMP)  ## the main job on embedded data: two ranks on the CPU, into runs/digits
