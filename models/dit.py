@@ -6,11 +6,12 @@ input's channels. Nothing couples records: there are no batch statistics, and ea
 
 # B records, C channels, H x W pixels or latents, P patch side, N tokens, F features of a patch, D model width
 
-from typing import Any, Literal, Self
+from collections.abc import Mapping
+from typing import ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from kernels.adaln import adaln
@@ -26,11 +27,12 @@ from models.layers import (
     modulated_norm,
     sincos_positions,
 )
+from models.sizes import Sized
 
 SizeName = Literal["nano", "tiny", "S", "B", "L", "XL"]
 
 # width, depth, heads; S to XL as in the paper's Table 1
-SIZES: dict[SizeName, tuple[int, int, int]] = {
+SIZES: Mapping[str, tuple[int, int, int]] = {
     "nano": (128, 4, 4),
     "tiny": (192, 6, 3),
     "S": (384, 12, 6),
@@ -40,38 +42,20 @@ SIZES: dict[SizeName, tuple[int, int, int]] = {
 }
 
 
-class DiTConfig(BaseModel):
+class DiTConfig(Sized):
     """A DiT's shape: a named `size`, or `width`, `depth` and `heads`; after validation all four are set and agree."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    SIZES: ClassVar = SIZES
 
     size: SizeName | None = None
-    width: int = Field(default=0, ge=0)
-    depth: int = Field(default=0, ge=0)
-    heads: int = Field(default=0, ge=0)
     image_size: int = Field(gt=0)
     channels: int = Field(gt=0)
     patch_size: int = Field(default=2, gt=0)
     num_classes: int = Field(gt=0)
     mlp_ratio: int = Field(default=4, gt=0)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_in_size(cls, values: Any) -> Any:
-        size = values.get("size") if isinstance(values, dict) else None
-        if not isinstance(size, str) or size not in SIZES:
-            return values
-        named = dict(zip(("width", "depth", "heads"), SIZES[size], strict=True))
-        for name, value in named.items():
-            if values.get(name, value) != value:
-                raise ValueError(f"{name} is {values[name]}, but size {size} has {value}: give one of the two")
-        return {**values, **named}
-
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        for name in ("width", "depth", "heads"):
-            if getattr(self, name) == 0:
-                raise ValueError(f"{name} is missing: give size ({', '.join(SIZES)}), or width, depth and heads")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         if self.width % 4:

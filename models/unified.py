@@ -19,11 +19,12 @@ Only a `PerRecordModule` holds parameters, and its first dimension is the row: i
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Self
+from typing import ClassVar, Literal, NamedTuple, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from kernels import per_record
@@ -41,11 +42,12 @@ from models.layers import (
 )
 from models.moe import MixtureOfExperts, Routed, SwiGLU
 from models.packed import Packed
+from models.sizes import Sized
 
 SizeName = Literal["nano", "tiny", "S", "B", "L", "1B", "3B", "7B"]
 
 # width, depth, heads: up to L those of the DiT, 7B that of LLaMA
-SIZES: dict[SizeName, tuple[int, int, int]] = {
+SIZES: Mapping[str, tuple[int, int, int]] = {
     "nano": (128, 4, 4),
     "tiny": (192, 6, 3),
     "S": (384, 12, 6),
@@ -58,7 +60,7 @@ SIZES: dict[SizeName, tuple[int, int, int]] = {
 HIDDEN_MULTIPLE = 128
 
 
-class UnifiedConfig(BaseModel):
+class UnifiedConfig(Sized):
     """A unified model's shape: a named `size`, or `width`, `depth` and `heads`; after validation all four agree.
 
     modality_experts: norms and feed-forward networks of their own for text tokens and for patches.
@@ -66,12 +68,9 @@ class UnifiedConfig(BaseModel):
     is the dense network's divided by top_k, so that a token costs the same.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    SIZES: ClassVar = SIZES
 
     size: SizeName | None = None
-    width: int = Field(default=0, ge=0)
-    depth: int = Field(default=0, ge=0)
-    heads: int = Field(default=0, ge=0)
     vocab_size: int = Field(gt=0)
     channels: int = Field(gt=0)
     patch_size: int = Field(gt=0)
@@ -79,23 +78,8 @@ class UnifiedConfig(BaseModel):
     num_experts: int = Field(default=1, ge=1)
     top_k: int = Field(default=1, ge=1)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_in_size(cls, values: Any) -> Any:
-        size = values.get("size") if isinstance(values, dict) else None
-        if not isinstance(size, str) or size not in SIZES:
-            return values
-        named = dict(zip(("width", "depth", "heads"), SIZES[size], strict=True))
-        for name, value in named.items():
-            if values.get(name, value) != value:
-                raise ValueError(f"{name} is {values[name]}, but size {size} has {value}: give one of the two")
-        return {**values, **named}
-
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        for name in ("width", "depth", "heads"):
-            if getattr(self, name) == 0:
-                raise ValueError(f"{name} is missing: give size ({', '.join(SIZES)}), or width, depth and heads")
         if self.width % self.heads or self.width // self.heads % 8:
             raise ValueError(
                 f"width {self.width} over heads {self.heads} must be a multiple of 8, for rotary positions"

@@ -14,7 +14,6 @@ import json
 import os
 import secrets
 import socket
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from typing import Any
 from blake3 import blake3
 
 from checkpointing.store import sync_folder
+from privacy.pages import write_whole
 from train.config import FinetuneStage, StageConfig, identity_of
 from train.measurements import code_version
 from train.recipe import differing_key
@@ -195,18 +195,7 @@ class RunFolder:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` so that a reader, or a crash, sees the old file or the new one and nothing between."""
-    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=2, allow_nan=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        Path(aside).chmod(0o644)
-        Path(aside).replace(path)
-    except BaseException:
-        Path(aside).unlink(missing_ok=True)
-        raise
+    write_whole(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
     sync_folder(path.parent)
 
 
