@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from blake3 import blake3
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from train.images import MAX_PIXELS
+from train.shapes import combinations, least_image_size
 
 Split = Literal["public", "private", "test"]
 
@@ -101,6 +102,26 @@ class WebDatasetSource(ShapedSource):
     num_classes: Annotated[int, Field(gt=0)]
 
 
+class ShapesSource(Source):
+    """Drawn shapes, as many as wanted, with exact captions; a class is a colour and a form (`train.shapes`)."""
+
+    kind: Literal["shapes"]
+    records: Annotated[dict[Split, Annotated[int, Field(gt=0)]], Field(min_length=1)]
+    image_size: Annotated[int, Field(le=256)] = 24
+    max_count: Annotated[int, Field(ge=1, le=3)] = 3  # forms in an image
+    held_out: int = 1  # forms of each colour that `test` alone shows, and it nothing else; 0: it shows all
+
+    @model_validator(mode="after")
+    def _can_be_drawn(self) -> Self:
+        combinations(self.held_out, seed=0)
+        if self.image_size < (least := least_image_size(self.max_count)):
+            raise ValueError(
+                f"image_size is {self.image_size}, too small to tell {self.max_count} forms apart: "
+                f"give at least {least}, or a smaller max_count"
+            )
+        return self
+
+
 SourceConfig = Annotated[
-    DigitsSource | IdxSource | ImageFolderSource | WebDatasetSource, Field(discriminator="kind")
+    DigitsSource | IdxSource | ImageFolderSource | WebDatasetSource | ShapesSource, Field(discriminator="kind")
 ]  # fmt: skip

@@ -11,6 +11,7 @@ import gzip
 import io
 import json
 import os
+import random
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -31,6 +32,7 @@ from train.images import ImageError, encode_png, open_image, stored_extension
 from train.planted import author_metadata, plant
 from train.salvage import MAX_MEMBER_BYTES, salvage_tar
 from train.salvage import REASONS as SALVAGE_REASONS
+from train.shapes import COLOURS, FORMS, combinations, draw, random_scene
 from train.shards import IMAGE_EXTENSIONS, KEY, Record, RecordError, ShardWriter, parse_record
 from train.source_config import (
     DigitsSource,
@@ -39,6 +41,7 @@ from train.source_config import (
     ImageFolderSource,
     Part,
     ShapedSource,
+    ShapesSource,
     ShardPart,
     Source,
     Split,
@@ -57,7 +60,7 @@ class IngestConfig(Protocol):
     """What `ingest` reads of the stage's configuration."""
 
     @property
-    def source(self) -> DigitsSource | IdxSource | ImageFolderSource | WebDatasetSource: ...
+    def source(self) -> DigitsSource | IdxSource | ImageFolderSource | WebDatasetSource | ShapesSource: ...
     @property
     def shard_size(self) -> int: ...
     @property
@@ -299,6 +302,24 @@ def webdataset(config: WebDatasetSource, seed: int) -> Stream:
     return Stream(items(), _splits(config.parts), None, config.num_classes, None)
 
 
+def shapes(config: ShapesSource, seed: int) -> Stream:
+    """Keys are SPLIT-NUMBER. A record is a function of (seed, key): more of them leave the first as they were."""
+    learnt, held_out = combinations(config.held_out, seed)
+    names = tuple(f"{colour} {form}" for colour in COLOURS for form in FORMS)
+
+    def items() -> Iterator[tuple[Split, Record]]:
+        for split, count in config.records.items():
+            among = held_out if split == "test" and held_out else learnt
+            for number in range(count):
+                key = f"{split}-{number:07d}"
+                chance = random.Random(f"{seed}:{key}")
+                scene = random_scene(chance, among, config.max_count)
+                image = _png(draw(scene, config.image_size, chance))
+                yield split, Record(key, key, image, names.index(f"{scene.colour} {scene.form}"), scene.caption)
+
+    return Stream(items(), tuple(config.records), sum(config.records.values()), len(names), names)
+
+
 def _read_file(path: Path) -> bytes | None:
     """A file of a foreign folder, None where there is none. Raises RecordError."""
     try:
@@ -316,6 +337,7 @@ SOURCES: Mapping[str, Callable[[Any, int], Stream]] = {
     "idx": idx,
     "image_folder": image_folder,
     "webdataset": webdataset,
+    "shapes": shapes,
 }
 
 
@@ -351,8 +373,8 @@ def _read_idx(name: str, dimensions: int) -> NDArray[np.uint8]:
     return np.frombuffer(content, np.uint8, offset=head).reshape(shape)
 
 
-def _png(shades: NDArray[np.uint8], author: str | None = None) -> bytes:
+def _png(image: NDArray[np.uint8], author: str | None = None) -> bytes:
     out = io.BytesIO()
     text, exif = author_metadata(author) if author else (None, None)
-    Image.fromarray(shades).save(out, "PNG", pnginfo=text, exif=exif)
+    Image.fromarray(image).save(out, "PNG", pnginfo=text, exif=exif)
     return out.getvalue()

@@ -17,6 +17,7 @@ from privacy.pii.metadata import strip_metadata
 from privacy.pii.patterns import detect
 from train.data import ShardDataset
 from train.planted import plant
+from train.shapes import recognise, scene_of
 from train.shards import Record, ShardError, write_shards
 from train.source_config import DigitsSource, FolderPart, SourceConfig
 from train.sources import DIGITS_SPLITS, ingest, plain_name
@@ -448,6 +449,56 @@ def test_a_record_without_a_caption_is_a_record(tmp_path: Path) -> None:
     write_shards(tmp_path / "old", "old", [Record("a", "a", grey(0), 0, None), Record("b", "b", grey(1), 1, "")], 9)
     found = all_records(tmp_path / "out", run(tmp_path / "out", tar_source(tmp_path / "old")))
     assert [found[key][1].caption for key in "ab"] == [None, ""]
+
+
+# shapes
+
+SHAPES = {"kind": "shapes", "records": {"public": 60, "private": 30, "test": 30}, "image_size": 16, "max_count": 2}
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    out = tmp_path_factory.mktemp("shapes")
+    return out, run(out, config(**SHAPES))
+
+
+def test_shapes_are_as_many_as_asked_for_and_look_as_their_captions_say(shapes: tuple[Path, dict]) -> None:
+    out, metrics = shapes
+    assert {split: told["records"] for split, told in metrics["splits"].items()} == SHAPES["records"]
+    assert metrics["num_classes"] == len(metrics["class_names"]) == 36 and metrics["quarantined"] == {}
+    for split, record in all_records(out, metrics).values():
+        scene = scene_of(record.caption or "")
+        seen = recognise(np.asarray(Image.open(io.BytesIO(record.image))))
+        assert scene is not None and seen is not None and seen.scene == scene and scene.count <= 2
+        assert record.label is not None and metrics["class_names"][record.label] == f"{scene.colour} {scene.form}"
+        assert record.unit == record.key and record.key.startswith(split) and detect(record.caption or "") == []
+
+
+def test_test_alone_shows_the_shapes_held_out(shapes: tuple[Path, dict]) -> None:
+    out, metrics = shapes
+    labels: dict[str, set[int]] = {}
+    for split, record in all_records(out, metrics).values():
+        labels.setdefault(split, set()).add(record.label)
+    assert len(labels["test"]) > 3 and not labels["test"] & (labels["public"] | labels["private"])
+
+
+def test_shapes_depend_on_seed_and_key_alone(shapes: tuple[Path, dict], tmp_path: Path) -> None:
+    out, metrics = shapes
+    more = run(tmp_path / "more", config(**{**SHAPES, "records": {"public": 70}}))
+    first, again = all_records(out, metrics), all_records(tmp_path / "more", more)
+    assert all(again[key] == first[key] for key in again if key in first) and len(again) == 70
+    other = run(tmp_path / "other", config(seed=1, **SHAPES))
+    assert other["splits"]["public"]["root"] != metrics["splits"]["public"]["root"]
+
+
+def test_shapes_that_cannot_be_drawn_are_refused() -> None:
+    with pytest.raises(ValidationError, match=r"image_size is 16, too small to tell 3 forms apart: give at least 20"):
+        config(**{**SHAPES, "max_count": 3})
+    with pytest.raises(ValidationError, match=r"held_out is 6: give 0 to 5"):
+        config(**SHAPES, held_out=6)
+    for records in ({}, {"public": 0}, {"valid": 3}):
+        with pytest.raises(ValidationError):
+            config(**{**SHAPES, "records": records})
 
 
 # configuration
