@@ -5,9 +5,10 @@ No value reaches a repr, a log, an exception or a manifest. A change of what a d
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +45,18 @@ class Box:
     version: str
     score: float = 1.0
 
+    def enlarged(self, margin: float) -> Box:
+        """With `margin` of its longer side on each side: pixels that this touches belong to it."""
+        by = math.ceil(margin * max(self.right - self.left, self.bottom - self.top))
+        return replace(self, left=self.left - by, top=self.top - by, right=self.right + by, bottom=self.bottom + by)
+
+
+class Covered(NamedTuple):
+    """An image that a detector had looked at, and in which what it found within `boxes` is covered since."""
+
+    image: Pixels
+    boxes: Sequence[Box]
+
 
 class TextDetector(Protocol):
     """Finds entities in texts. Raises MissingDetector when opened, never later."""
@@ -63,3 +76,12 @@ class ImageDetector(Protocol):
     entities: tuple[str, ...]
 
     def detect(self, images: Sequence[Pixels]) -> list[list[Box]]: ...
+
+
+@runtime_checkable
+class LooksAgain(Protocol):
+    """An ImageDetector that need not look at all of an image again once what it had found there is covered."""
+
+    def detect_again(self, covered: Sequence[Covered]) -> list[list[Box]]:
+        """What `detect` finds in and around the covered boxes; elsewhere it may leave out what it had passed over."""
+        ...

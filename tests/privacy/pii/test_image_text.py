@@ -86,6 +86,19 @@ def test_strings_on_photographs_are_found_from_12_px(reader: ImageTextDetector) 
     assert hits >= 0.95 * number
 
 
+def test_pixels_are_prepared_as_the_package_does(reader: ImageTextDetector) -> None:
+    from rapidocr_onnxruntime.ch_ppocr_det.text_detect import TextDetector
+
+    detector = reader._read_image.text_det
+    for image in (
+        drawn(("a bakery", 4, 40), side=448),
+        np.random.default_rng(0).integers(0, 256, (100, 70, 3), np.uint8),
+    ):
+        theirs = TextDetector.get_preprocess(detector, max(image.shape[:2]))(image)
+        ours = detector.get_preprocess(max(image.shape[:2]))(image)
+        assert ours.dtype == theirs.dtype == np.float32 and (ours == theirs).all()
+
+
 def test_a_value_cut_in_two_within_its_row_is_found(reader: ImageTextDetector) -> None:
     (boxes,) = reader.detect([drawn(("DE89 3704 0044", 4, 60), ("0532 0130 00", 136, 60), size=14)])
     ibans = [box for box in boxes if box.entity == "iban"]
