@@ -32,7 +32,7 @@ Floats = NDArray[np.float32]
 NAME = "names"
 ENTITIES = ("person", "address")
 LABELS = ("nothing", *ENTITIES)
-FORMAT = 1  # of a model's folder, and of how texts become tokens and tokens rows
+FORMAT = 2  # of a model's folder, and of how texts become tokens and tokens rows
 MODEL_FILE, CONFIG_FILE = "model.npz", "config.json"
 
 DILATIONS = (1, 2, 4)
@@ -40,6 +40,7 @@ RADIUS = sum(DILATIONS)  # what a token is depends on no token further away
 STEP = 1 / 16  # activations are whole multiples of it
 PEAK = 127  # and no more than so many, as weights are
 _EXACT = 2**24  # float32 holds whole numbers up to here
+_SURELY = 0.98  # an address rather than a person: many streets are called as people are
 _PIECE = 4096  # tokens of a long text at once
 _KNOWN_WORDS = 50_000  # whose sums of rows are kept
 
@@ -103,6 +104,8 @@ def hash_token(token: str, rows: int) -> Hashed:
 
 def case_of(text: str) -> str:
     """How a whole text is written: where all is in capitals, capitals tell nothing."""
+    if text[1:].islower():
+        return "lower" if text[:1].islower() else "sentence"
     return "lower" if text.islower() else "upper" if text.isupper() else "title" if text.istitle() else "mixed"
 
 
@@ -175,30 +178,37 @@ def _clipped(x: Floats) -> Floats:
 
 
 class Hot(NamedTuple):
-    """A token that may be part of a name: which of the text's tokens it is, where it lies, and how likely."""
+    """A token that may be part of a name: which of the text's tokens it is, where it lies, and how likely.
+
+    address: how likely it is that of an address, if of either.
+    """
 
     number: int
     start: int
     end: int
-    entity: str
+    address: float
     score: float
+
+    @property
+    def entity(self) -> str:
+        return ENTITIES[self.address > 0.5]
 
 
 class NamesDetector:
     """The TextDetector "names" on a folder that train-names wrote.
 
-    A finding is a run of tokens each of which is part of a name with a probability of at least the model's floor; its
-    score is that of its surest token, so that below .5 none of them is one more likely than not. Time is linear in a
-    text's length, and memory beside it in that of what is found.
+    A finding is a run of tokens each of which is part of a name with a probability of at least the model's floor, and
+    one of them of at least its `least`. Its score is that of its surest token, so that below .5 none of them is one
+    more likely than not. Time is linear in a text's length, and memory beside it in that of what is found.
     """
 
     name = NAME
     entities: tuple[str, ...] = ENTITIES
 
-    def __init__(self, tagger: Tagger, floor: float, version: str) -> None:
+    def __init__(self, tagger: Tagger, floor: float, version: str, least: float = 0.0) -> None:
         self.version = version
         self._tagger = tagger
-        self._floor = floor
+        self._floor, self._least = floor, least
         self._words: dict[str, Floats] = {}
 
     @classmethod
@@ -222,7 +232,7 @@ class NamesDetector:
                 tuple(arrays[f"bias{layer}"].astype(np.float32) for layer in layers),
                 tuple(config["units"]),
             )
-        return cls(tagger, config["floor"], config["version"])
+        return cls(tagger, config["floor"], config["version"], config["least"])
 
     def detect(self, texts: Sequence[str]) -> list[list[Finding]]:
         """Findings of each text, in order and without overlap."""
@@ -231,13 +241,13 @@ class NamesDetector:
     def _detect(self, text: str) -> list[Finding]:
         folded, places = fold(text)
         found: list[Finding] = []
-        for run in _runs(self._hot(folded)):
+        for entity, run in _runs(self._hot(folded), folded):
             words = [token for token in run if folded[token.start].isalnum()]
-            if not words:
+            score = max((token.score for token in words), default=0.0)
+            if not words or score < self._least:
                 continue
             start, end = places[words[0].start], places[words[-1].end - 1] + 1
-            score = max(token.score for token in words)
-            found.append(Finding(run[0].entity, start, end, self.name, self.version, score))
+            found.append(Finding(entity, start, end, self.name, self.version, score))
         return found
 
     def _hot(self, text: str) -> Iterator[Hot]:
@@ -249,8 +259,8 @@ class NamesDetector:
             likely_NL /= likely_NL.sum(1, keepdims=True)
             for number in np.flatnonzero(1 - likely_NL[:, 0] >= self._floor):
                 token, likely_L = here[number], likely_NL[number]
-                entity = ENTITIES[int(likely_L[2] > likely_L[1])]
-                yield Hot(done + int(number), token.start, token.end, entity, round(float(1 - likely_L[0]), 3))
+                address, score = likely_L[2] / (likely_L[1] + likely_L[2]), round(float(1 - likely_L[0]), 3)
+                yield Hot(done + int(number), token.start, token.end, float(address), score)
             done += len(here)
 
     def _look_up(self, tokens: Sequence[Token], case: str) -> Floats:
@@ -277,16 +287,20 @@ def _pieces(text: str) -> Iterator[tuple[list[Token], list[Token], list[Token]]]
         before, here = here, after
 
 
-def _runs(tokens: Iterator[Hot]) -> Iterator[list[Hot]]:
-    """Neighbouring tokens of one entity."""
-    run: list[Hot] = []
-    for token in tokens:
-        if run and (token.number != run[-1].number + 1 or token.entity != run[-1].entity):
-            yield run
-            run = []
-        run.append(token)
-    if run:
-        yield run
+def _runs(tokens: Iterator[Hot], text: str) -> Iterator[tuple[str, list[Hot]]]:
+    """Neighbouring tokens of one entity; those without a digit are an address only where they surely are."""
+    for _, beside in itertools.groupby(enumerate(tokens), lambda counted: counted[1].number - counted[0]):
+        parts: list[tuple[str, list[Hot]]] = []
+        for likely, part in itertools.groupby((token for _, token in beside), lambda token: token.entity):
+            run = [*part]
+            numbered = any(text[token.start].isdigit() for token in run)
+            surely = sum(token.address for token in run) > _SURELY * len(run)
+            entity = likely if numbered else ENTITIES[surely]
+            if parts and parts[-1][0] == entity:
+                parts[-1][1].extend(run)
+            else:
+                parts.append((entity, run))
+        yield from parts
 
 
 def open_names(model: str | None = None, digest: str | None = None) -> TextDetector:

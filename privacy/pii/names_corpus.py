@@ -13,13 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from privacy.pii.names_plain import CAPTIONS, LISTS, NUMBERS, THINGS
 from privacy.pii.names_pools import Pools, open_pools
 from privacy.pii.names_templates import ADDRESSES, PERSONS, PLAIN, WORDS
 from privacy.pii.values import LOCALES, MAKERS
 
 HELD_OUT = 7  # one template in so many
 
-_KINDS: Mapping[str, float] = MappingProxyType({"person": 44, "address": 22, "plain": 34})
+_KINDS: Mapping[str, float] = MappingProxyType({"person": 40, "address": 20, "plain": 40})
 _REGIONS: Mapping[str, float] = MappingProxyType({
     "english": 9, "german": 2, "dutch": 1, "french": 2, "italian": 1.5, "nordic": 2.5, "spanish": 3, "portuguese": 1.5,
     "polish": 2.5, "romanian": 1.5, "russian": 2.5, "greek": 0.7, "indian": 2.5, "arabic": 2, "indonesian": 1,
@@ -27,8 +28,7 @@ _REGIONS: Mapping[str, float] = MappingProxyType({
 })  # fmt: skip
 _OTHERS = (  # what may stand where a name is expected
     "noun", "city", "country", "org", "brand", "person_word", "job", "word", "phrase", "common", "nationality",
-        "symbol",
-    "headline",
+        "symbol", "headline", "np", "thing",
 )  # fmt: skip
 
 # f, m, l: given, middle and family name; F, M, L: their initials
@@ -36,6 +36,8 @@ _FORMS: Mapping[str, float] = MappingProxyType({
     "{f} {l}": 56, "{f} {M}. {l}": 6, "{f} {m} {l}": 6, "{F}. {l}": 4, "{F}.{M}. {l}": 1, "{F} {l}": 1, "{l}, {f}": 3,
     "{l} {f}": 2, "{f}-{m} {l}": 2, '{f} "{m}" {l}': 2, "{f} {L}.": 1, "{f}": 10, "{l}": 6,
 })  # fmt: skip
+_IN_CAPTIONS = 0.5  # of sentences with a name where none is meant
+_NUMBERED = 0.8  # of streets alone: without a number, most of what might be one is a person
 _FAMILY_FIRST = ("chinese", "korean", "japanese", "indonesian", "romanian")
 # region -> how often its family names have more parts, and how; l, k: family names
 _PARTS: Mapping[str, tuple[float, tuple[str, ...]]] = MappingProxyType({
@@ -105,7 +107,12 @@ class Corpus:
         self.pools: Pools = open_pools(held_out)
         self.templates = {
             kind: [_parted(line) for line in block.strip().split("\n") if (_place(line) % HELD_OUT == 0) == held_out]
-            for kind, block in (("person", PERSONS), ("address", ADDRESSES), ("plain", PLAIN))
+            for kind, block in (
+                ("person", PERSONS),
+                ("address", ADDRESSES),
+                ("plain", PLAIN + CAPTIONS + NUMBERS + THINGS),
+                ("captions", CAPTIONS),
+            )
         }
 
     def sentence(self, chance: random.Random, kind: str | None = None, as_meant: bool = False) -> Sentence:
@@ -142,13 +149,28 @@ class Corpus:
             names = ("person", "first", "last", "address", "street")
             exchanged = [place for place in range(1, len(template), 2) if template[place] in names]
         else:
-            template = list(chance.choice(self.templates["plain"]))
+            captions = chance.random() < _IN_CAPTIONS
+            template = list(chance.choice(self.templates["captions" if captions else "plain"]))
             there = [place for place in range(1, len(template), 2) if template[place] in _OTHERS]
-            exchanged = there and [chance.choice(there)]
+            exchanged = there and [there[0] if chance.random() < 0.5 else chance.choice(there)]
         given = {"plain": _OTHERS, "person": ("person", "first", "last"), "address": ("address", "street")}[kind]
         for place in exchanged:
             template[place] = chance.choice(given)
         return template
+
+    def noun_phrase(self, chance: random.Random) -> str:
+        """What an ordinary caption shows: an article or its like, or none, and a noun with adjectives or without."""
+        noun = self.pools.everyday(chance, "noun")
+        if chance.random() < 0.25:
+            noun = f"{self.pools.everyday(chance, 'noun')} {noun}"
+        if chance.random() < 0.35:
+            noun = f"{self.pools.everyday(chance, 'adj')} {noun}"
+        start = chance.choice(LISTS["determiners"]) if chance.random() < 0.8 else ""
+        many = start.endswith((" of", "few", "many", "two", "three", "four", "five", "some", "several")) or not start
+        noun = _many(noun) if many and chance.random() < 0.8 else noun
+        if start == "a" and noun[0] in "aeiou":
+            start = "an"
+        return f"{start} {noun}".lstrip()
 
     def _scatter(self, chance: random.Random, region: str, kind: str, sentence: Sentence) -> None:
         """A name among words that say nothing of it."""
@@ -169,11 +191,12 @@ class Corpus:
         if slot == "person":
             self._person(chance, region, sentence)
         elif slot in ("first", "last"):
-            sentence.add(chance.choice(getattr(self.pools.regions[region], slot)), "person")
+            pool = self.pools.regions[region]
+            sentence.add(pool.given(chance) if slot == "first" else pool.family(chance), "person")
         elif slot == "address":
             sentence.add(self.address(chance, region), "address")
         elif slot == "street":
-            sentence.add(self.street(chance, region, numbered=chance.random() < 0.4), "address")
+            sentence.add(self.street(chance, region, numbered=chance.random() < _NUMBERED), "address")
         elif slot in MAKERS:
             sentence.add(MAKERS[slot](chance, chance.choice(LOCALES)))
         elif slot in ("noun", "adj", "adverb", "verb"):
@@ -187,7 +210,7 @@ class Corpus:
     def _person(self, chance: random.Random, region: str, sentence: Sentence) -> None:
         """A person as one is named in that region; a title before the name is no part of it, what follows it is."""
         pool = self.pools.regions[region]
-        given, middle, family, other = (chance.choice(part) for part in (pool.first, pool.first, pool.last, pool.last))
+        given, middle, family, other = (name(chance) for name in (pool.given, pool.given, pool.family, pool.family))
         if region == "ideographic":
             sentence.add(family + given, "person")
             return
@@ -349,6 +372,11 @@ class Corpus:
         ))  # fmt: skip
         return _titled(title)
 
+    def namesake(self, chance: random.Random, region: str) -> str:
+        """A name that things bear."""
+        pool = self.pools.regions[region if chance.random() < 0.5 else "english"]
+        return pool.family(chance) if chance.random() < 0.75 else pool.given(chance)
+
     def invented(self, chance: random.Random) -> str:
         """A word that there is not, as brands are."""
         return "".join(chance.choices(WORDS["syllables"], k=chance.randint(2, 3))) + chance.choice(
@@ -382,6 +410,18 @@ _FILLERS: Mapping[str, Callable[[Corpus, random.Random, str], str]] = MappingPro
     "latin_small": lambda corpus, chance, _: corpus.invented(chance) + chance.choice(("us", "a", "um", "is", "ensis")),
     "person_word": _listed("people"), "nationality": _listed("nationalities"), "job": _listed("jobs"),
     "title": _listed("titles"),
+    "np": lambda corpus, chance, _: corpus.noun_phrase(chance),
+    "pp": lambda corpus, chance, _: f"{chance.choice(LISTS['prepositions'])} {corpus.noun_phrase(chance)}",
+    "verbs": lambda corpus, chance, _: _many(corpus.pools.everyday(chance, "verb")),
+    "done": lambda corpus, chance, _: chance.choice(LISTS["participles"]),
+    "thing": lambda _, chance, __: chance.choice(LISTS["things"]),
+    "namesake": lambda corpus, chance, region: corpus.namesake(chance, region),
+    "made": lambda _, chance, __: chance.choice(LISTS["made"]),
+    "species": lambda _, chance, __: chance.choice(LISTS["species"]),
+    "building": lambda _, chance, __: chance.choice(LISTS["building"]),
+    "unit": lambda _, chance, __: chance.choice(LISTS["units"]),
+    "label": lambda _, chance, __: _capital(chance, chance.choice(LISTS["labels"])),
+    "shout": lambda _, chance, __: chance.choice(LISTS["shouts"]),
     "noun_time": _listed("times"), "person_tail": _listed("tails"),
     "letter": lambda _, chance, __: chance.choice(string.ascii_uppercase),
     "n": lambda _, chance, __: str(chance.randint(1, 100 if chance.random() < 0.7 else 5000)),
@@ -413,6 +453,17 @@ def _ving(verb: str) -> str:
         return verb[:-1] + "ing"
     doubled = len(verb) < 6 and re.search("[^aeiou][aeiou][bdgmnpt]$", verb)
     return f"{verb}{verb[-1] if doubled else ''}ing"
+
+
+def _many(word: str) -> str:
+    """A noun's plural, or a verb's third person."""
+    if word.endswith(("s", "x", "z", "ch", "sh")):
+        return f"{word}es"
+    return f"{word[:-1]}ies" if re.search("[^aeiou]y$", word) else f"{word}s"
+
+
+def _capital(chance: random.Random, word: str) -> str:
+    return word[0].upper() + word[1:] if chance.random() < 0.4 else word
 
 
 def _date(chance: random.Random) -> str:

@@ -1,7 +1,7 @@
 """Names, streets, places and ordinary words to write training sentences with, by the customs of their region.
 
 From installed packages alone: Faker's providers (MIT), WordNet's words in the packaged spaCy model, Python's reference,
-and Unicode's names of symbols other than emoji. Names are split once, by a hash of each: one in ten is held out.
+and Unicode's names of symbols other than emoji. Names are split once, by a hash of each: one in 25 is held out.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from privacy.pii.names_plain import LISTS
 from privacy.pii.names_templates import WORDS
 from privacy.pii.onnx_models import MEND
 
-HELD_OUT = 10  # one value in so many
+HELD_OUT = 25  # one value in so many
 
 # How given names and surnames stand together, and the countries of Faker whose pools are read.
 REGIONS: Mapping[str, tuple[str, ...]] = MappingProxyType({
@@ -47,6 +48,8 @@ _WITHOUT_CITIES = ("english", "indian", "african", "chinese", "korean", "arabic"
 _STREETS = (
     r"^(streets|street_names|street_titles\w*|historic_people_street_names|road_names|towns|bairros|places|area_names)$"
 )
+_FIRST, _LAST = r"^first_?name", r"^(\w+_)?last_?name"
+_USUAL = 0.5
 _CITIES = r"^(cities|city_names|real_city_names|places|municipalities|communes|concelhos)$"
 
 _ROMANISED = {
@@ -72,6 +75,16 @@ class Pool:
     last: Sequence[str]
     streets: Sequence[str]
     cities: Sequence[str]
+    usual_first: Sequence[str]  # those of the region's first countries, which are most of its people's
+    usual_last: Sequence[str]
+
+    def given(self, chance: random.Random) -> str:
+        """A given name."""
+        return chance.choice(self.usual_first if self.usual_first and chance.random() < _USUAL else self.first)
+
+    def family(self, chance: random.Random) -> str:
+        """A surname."""
+        return chance.choice(self.usual_last if self.usual_last and chance.random() < _USUAL else self.last)
 
 
 @dataclass(frozen=True)
@@ -88,7 +101,11 @@ class Pools:
     def word(self, chance: random.Random, kind: str) -> str:
         """A noun, adj, verb, adverb or "any", as a dictionary has it; words of captions and of many uses more often."""
         share = chance.random()
-        return chance.choice(_common(kind) if share < 0.3 else self.used[kind] if share < 0.55 else self.words[kind])
+        return chance.choice(_common(kind) if share < 0.4 else self.used[kind] if share < 0.6 else self.words[kind])
+
+    def everyday(self, chance: random.Random, kind: str) -> str:
+        """A noun, adj, verb or adverb that ordinary captions hold, for the most part."""
+        return chance.choice(_common(kind)) if chance.random() < 0.75 else self.word(chance, kind)
 
     def phrase(self, chance: random.Random, longest: int) -> str:
         """Up to `longest` words of a sentence as they stand there, some long ones changed for others."""
@@ -134,7 +151,8 @@ def _pool_all(region: str) -> Pool:
         "korean": (_syllables("korean_given", "-"), _titled("korean")),
         "arabic": (_titled("arabic_given"), _titled("arabic")),
     }
-    first, last = map(list, listed.get(region, ((), ())))
+    first, last = (list(part) for part in listed.get(region, ((), ())))
+    usual = ([*first], [*last])
     streets: list[str] = []
     cities = list(WORDS["cities"]) if region in _WITHOUT_CITIES else []
     for locale in REGIONS[region]:
@@ -143,13 +161,22 @@ def _pool_all(region: str) -> Pool:
             first += _romanised_japanese(person, "first")
             last += _romanised_japanese(person, "last")
         else:
-            first += _listed(person, r"^first_?name")
-            last += _listed(person, r"^last_?name")
+            first += _listed(person, _FIRST)
+            last += _listed(person, _LAST)
+        if locale in _usual_countries(region):
+            usual = ([*first], [*last])
         streets += _listed(address, _STREETS)
         cities += _listed(address, _CITIES)
     if region in ("russian", "greek"):
         first, last, streets, cities = (list(map(_romanise, part)) for part in (first, last, streets, cities))
-    return Pool(*(_tidy(part, region) for part in (first, last, streets, cities)))  # type: ignore[arg-type]
+        usual = (list(map(_romanise, usual[0])), list(map(_romanise, usual[1])))
+    if region == "polish":
+        last += [f"{name[:-1]}a" for name in last if re.search("(sk|ck|dzk)i$", name)]
+    return Pool(*(_tidy(part, region) for part in (first, last, streets, cities, *usual)))  # type: ignore[arg-type]
+
+
+def _usual_countries(region: str) -> Sequence[str]:
+    return REGIONS[region][: 2 if region == "english" else 1]
 
 
 def _provider(kind: str, locale: str) -> Any:
@@ -216,7 +243,9 @@ def _syllables(kind: str, joint: str) -> list[str]:
 
 @functools.cache
 def _common(kind: str) -> Sequence[str]:
-    return _provider("lorem", "en_US").word_list if kind == "any" else WORDS[kind]
+    if kind == "any":
+        return _provider("lorem", "en_US").word_list
+    return (*WORDS[kind], *LISTS.get(f"{kind}s", ()))
 
 
 @functools.cache
@@ -224,7 +253,7 @@ def _words() -> Mapping[str, Sequence[str]]:
     """The dictionary without what is a given name before it is a word."""
     listed = _dictionary()
     names = {name.lower() for region in REGIONS for name in _pool_all(region).first}
-    words = {*WORDS["names_and_words"], *listed["verb"], *listed["adj"], *_common("any"), *WORDS["noun"]}
+    words = {*WORDS["names_and_words"], *listed["verb"], *listed["adj"], *_common("any"), *_common("noun")}
     kept = {kind: [word for word in of if word not in names or word in words] for kind, of in listed.items()}
     return kept | {"any": sorted({word for of in kept.values() for word in of})}
 

@@ -48,9 +48,10 @@ from privacy.pii.names_pools import emoji_names
 Ints = NDArray[np.int64]
 
 STEPS_PER_MINUTE = 500  # on two cores
-FLOOR = 0.1  # a token less likely to be part of a name is none
+FLOOR = 0.03  # a token less likely to be part of a name is none
+LEAST = 0.25  # nor are tokens beside each other of which each is less likely
 SURE = 0.5
-_ROWS, _WIDTH, _HIDDEN = 2**17, 64, 96
+_ROWS, _WIDTH, _HIDDEN = 2**18, 64, 128
 _ROW_UNIT = 1 / 64
 _SENTENCES = 300  # a batch
 _LEARNING_RATE = 3e-3
@@ -142,7 +143,7 @@ class Network:
     def __init__(self, seed: int) -> None:
         self._chance = chance = np.random.default_rng(seed)
         sizes = [(3 * _WIDTH, _HIDDEN), (3 * _HIDDEN, _HIDDEN), (3 * _HIDDEN, _HIDDEN), (_HIDDEN, len(LABELS))]
-        self.table_RE: Floats = chance.normal(0, 0.1, (_ROWS, _WIDTH)).astype(np.float32)
+        self.table_RE: Floats = chance.normal(0, 0.03, (_ROWS, _WIDTH)).astype(np.float32)
         self.table_RE[0] = 0
         self.weights = [chance.normal(0, (2 / size[0]) ** 0.5, size).astype(np.float32) for size in sizes]
         self.biases = [np.zeros(size[1], np.float32) for size in sizes]
@@ -266,7 +267,7 @@ def train_names(out: Path, minutes: float, seed: int, progress: Callable[[int, i
         temperature = _temperature(network, held_out, seed)
         tagger = network.tagger(temperature)
         version = _version(tagger)
-        figures = measure(NamesDetector(tagger, FLOOR, version), held_out, seed + 1)
+        figures = measure(NamesDetector(tagger, FLOOR, version, LEAST), held_out, seed + 1)
         folder = Path(scratch, "model")
         folder.mkdir()
         _write(folder, tagger, version, {"minutes": minutes, "seed": seed, "temperature": temperature}, figures)
@@ -358,7 +359,14 @@ def _write(folder: Path, tagger: Tagger, version: str, told: Mapping[str, float]
     arrays: dict[str, Any] = {f"weight{layer}": weight.astype(np.int8) for layer, weight in enumerate(tagger.weights)}
     arrays |= {f"bias{layer}": bias.astype(np.int32) for layer, bias in enumerate(tagger.biases)}
     np.savez_compressed(folder / MODEL_FILE, rows=tagger.rows_RE, **arrays)
-    config = {"format": FORMAT, "version": version, "units": tagger.units, "floor": FLOOR, "trained": told}
+    config = {
+        "format": FORMAT,
+        "version": version,
+        "units": tagger.units,
+        "floor": FLOOR,
+        "least": LEAST,
+        "trained": told,
+    }
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", "utf-8")
     table = "\n".join(f"| {name.replace('_', ' ')} | {value:.4f} |" for name, value in figures.items())
     files = "\n".join(

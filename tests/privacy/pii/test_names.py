@@ -120,34 +120,40 @@ def test_a_long_text_read_in_pieces_gives_what_it_gives_at_once(
 @pytest.mark.parametrize("unit", ["a", "Aa", "anna smith 12, ", "a" * 50 + " ", "王", "'", "\u200b", " "])
 def test_time_is_linear_in_the_length_of_a_text(detector: NamesDetector, unit: str) -> None:
     def seconds(length: int) -> float:
-        text = (unit * (length // len(unit) + 1))[:length]
-        begin = time.thread_time()
-        detector.detect([text])
-        return time.thread_time() - begin
+        """The least of three: page faults and neighbours only add."""
+        text, times = (unit * (length // len(unit) + 1))[:length], list[float]()
+        for _ in range(3):
+            begin = time.thread_time()
+            detector.detect([text])
+            times.append(time.thread_time() - begin)
+        return min(times)
 
-    seconds(1000)
     assert seconds(200_000) < 0.2 + 8 * seconds(50_000)
 
 
 def test_a_finding_is_as_sure_as_its_surest_token_and_goes_on_while_a_token_is_likely() -> None:
-    """Of tokens known by their row alone: "anna" is sure, "de" likely, "lee" an address."""
-    known = {"anna": 1, "de": 2, "lee": 3}
+    """Of tokens known by their row alone: "anna" is sure, "de" likely, "lee" surely an address.
+
+    "hill" and "7" are rather one than a person, which is enough where there is a digit.
+    """
+    known = {"anna": 1, "de": 2, "lee": 3, "hill": 4, "7": 4}
 
     class ByRow(Tagger):
         def word(self, token: str) -> np.ndarray:
-            return np.eye(4, E, dtype=np.float32)[known.get(token.strip().lower(), 0)]
+            return np.eye(5, E, dtype=np.float32)[known.get(token.strip().lower(), 0)]
 
         def log_odds(self, words_NE: np.ndarray) -> np.ndarray:
-            odds = np.array([[9, 0, 0], [0, 3, 0], [1, 0, -9], [0, 0, 3]], np.float32)
-            return odds[words_NE[:, :4].argmax(1)]
+            odds = np.array([[9, 0, 0], [0, 3, 0], [1, 0, -9], [0, 0, 5], [0, 0, 3]], np.float32)
+            return odds[words_NE[:, :5].argmax(1)]
 
     tagger = random_tagger(0)
-    detector = NamesDetector(
-        ByRow(np.zeros_like(tagger.rows_RE), tagger.weights, tagger.biases, tagger.units), 0.1, "1"
-    )
-    text = "see de anna, lee lee and de"
-    found = [(one.entity, text[one.start : one.end], one.score) for one in detector.detect([text])[0]]
-    assert found == [("person", "de anna", 0.955), ("address", "lee lee", 0.955), ("person", "de", 0.269)]
+    by_row = ByRow(np.zeros_like(tagger.rows_RE), tagger.weights, tagger.biases, tagger.units)
+    text = "see de anna, lee lee, anna hill, hill 7 and de"
+    others = [("person", "anna hill", 0.955), ("address", "hill 7", 0.955)]
+    for least, unsure in ((0.0, [("person", "de", 0.269)]), (0.3, [])):
+        (findings,) = NamesDetector(by_row, 0.1, "1", least).detect([text])
+        found = [(one.entity, text[one.start : one.end], one.score) for one in findings]
+        assert found == [("person", "de anna", 0.955), ("address", "lee lee", 0.993), *others, *unsure]
 
 
 def test_a_model_that_is_not_the_one_that_the_policy_names_is_refused(tmp_path: Path) -> None:
