@@ -1,3 +1,4 @@
+import gc
 import json
 import time
 from collections.abc import Iterator
@@ -42,6 +43,13 @@ def random_tagger(seed: int) -> Tagger:
 @pytest.fixture
 def detector() -> NamesDetector:
     return NamesDetector(random_tagger(0), 0.3, "random")
+
+
+@pytest.fixture
+def no_garbage_collection() -> Iterator[None]:
+    gc.disable()
+    yield
+    gc.enable()
 
 
 def texts(number: int, longest: int, seed: int = 0) -> Iterator[str]:
@@ -118,6 +126,7 @@ def test_a_long_text_read_in_pieces_gives_what_it_gives_at_once(
 
 
 @pytest.mark.parametrize("unit", ["a", "Aa", "anna smith 12, ", "a" * 50 + " ", "王", "'", "\u200b", " "])
+@pytest.mark.usefixtures("no_garbage_collection")  # its time goes by all that other tests left
 def test_time_is_linear_in_the_length_of_a_text(detector: NamesDetector, unit: str) -> None:
     def seconds(length: int) -> float:
         """The least of three: page faults and neighbours only add."""
