@@ -64,6 +64,7 @@ _SUM_FLOOR = 2.0**13
 _GRAM_BANDS = 4
 _LEAST_BAND = 32  # tokens; narrower ones cost more than they save
 _MULTIPLY_ADDS_A_WORD = 24
+_LIKE_LENGTH = 0.75  # of the longest, for segments to be taken as a batch: padding costs less than batches of one
 _MOST_FORMED_BYTES = 1 << 26  # of one layer, kept for later: beyond it, memory is worth more than the time
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # of the kernels
@@ -110,7 +111,10 @@ class PerRecordGradient(Protocol):
         ...
 
     def outer_products(self) -> OuterProducts:
-        """The same gradients as outer products, so that several uses of one parameter can be put together."""
+        """The same gradients as outer products, so that several uses of one parameter can be put together.
+
+        A table's, by one-hot rows of its height: beside outer products, `together` does without them.
+        """
         ...
 
 
@@ -276,7 +280,10 @@ class RowSums:
 
 @dataclass(frozen=True, eq=False)
 class ExpertOuterProducts:
-    """gradient_b of expert e = sum over the tokens n sent to it of left[b, n] (x) right[b, n]; shape (E, D, P)."""
+    """gradient_b of expert e = sum over the tokens n sent to it of left[b, n] (x) right[b, n]; shape (E, D, P).
+
+    Tokens of different experts never meet: a record's squared norm is the sum over those that it sent tokens to.
+    """
 
     experts_BN: Tensor
     left_BND: Tensor
@@ -284,17 +291,47 @@ class ExpertOuterProducts:
     shape: torch.Size
 
     def squared_norms(self, *, reuse: Reuse = None) -> Tensor:
-        left_BND, right_BNP = at_least_fp32(self.left_BND), at_least_fp32(self.right_BNP)
-        same_BNN = self.experts_BN[:, :, None] == self.experts_BN[:, None, :]
-        right_gram_BNN = torch.bmm(right_BNP, right_BNP.mT) * same_BNN
-        widths = (left_BND.shape[2], right_BNP.shape[2])
-        return _squared_norms_of_grams(torch.bmm(left_BND, left_BND.mT), right_gram_BNN, widths)
+        left, right = (at_least_fp32(x).flatten(0, 1) for x in (self.left_BND, self.right_BNP))
+        B, shape = len(self.experts_BN), self.shape[1:]
+        squared_B = left.new_zeros(B)
+        for segments_S, tokens_SM in self._segments_of_like_length():
+            there_SM1 = (tokens_SM >= 0)[..., None]
+            left_SMD, right_SMP = (x[tokens_SM.clamp(min=0)].masked_fill(~there_SM1, 0.0) for x in (left, right))
+            norms_S = OuterProducts(left_SMD[:, None], right_SMP[:, None], shape).squared_norms()
+            squared_B.index_put_((segments_S % B,), norms_S, accumulate=True)
+        return squared_B
 
     def weighted_sum(self, weights: RecordWeights) -> Tensor:
+        order_T, counts_EB = self._sorted
         left, right = weights.scale(self.left_BND).flatten(0, 1), weights.mask(self.right_BNP).flatten(0, 1)
-        experts = self.experts_BN.flatten()
-        of_experts = [experts == expert for expert in range(self.shape[0])]
-        return torch.stack([left[own].mT @ right[own] for own in of_experts]).view(self.shape)
+        of_experts = counts_EB.sum(1).tolist()
+        factors = (x.index_select(0, order_T).split(of_experts) for x in (left, right))
+        return torch.stack([left_nD.mT @ right_nP for left_nD, right_nP in zip(*factors, strict=True)])
+
+    @cached_property
+    def _sorted(self) -> tuple[Tensor, Tensor]:
+        """All tokens by expert and then by record, and, on the host, how many of each record each expert has."""
+        (B, _), E = self.experts_BN.shape, self.shape[0]
+        records_B1 = torch.arange(B, device=self.experts_BN.device)[:, None]
+        sorted_T, order_T = (self.experts_BN * B + records_B1).flatten().sort(stable=True)
+        edges = torch.arange(E * B + 1, device=order_T.device)
+        return order_T, torch.searchsorted(sorted_T, edges).diff().view(E, B).cpu()
+
+    def _segments_of_like_length(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pairs of expert and record (as e * B + b) that have about equally many tokens, and those, -1 where fewer."""
+        order_T, counts_EB = self._sorted
+        counts, begins = counts_EB.flatten(), counts_EB.flatten().cumsum(0) - counts_EB.flatten()
+        lengths, segments = counts.sort(descending=True)
+        first, num_used = 0, int((lengths > 0).sum())
+        while first < num_used:
+            longest = int(lengths[first])
+            end = int((lengths > _LIKE_LENGTH * longest).sum())
+            own_S, places_M = segments[first:end], torch.arange(longest)
+            places_SM = begins[own_S, None] + places_M
+            there_SM = places_M < counts[own_S, None]
+            places_SM, there_SM, own_S = (x.to(order_T.device) for x in (places_SM, there_SM, own_S))
+            yield own_S, torch.where(there_SM, order_T[places_SM.clamp(max=len(order_T) - 1)], -1)
+            first = end
 
     def outer_products(self) -> OuterProducts:
         one_hot_BENx1 = F.one_hot(self.experts_BN, self.shape[0]).movedim(2, 1)[..., None]
@@ -302,11 +339,56 @@ class ExpertOuterProducts:
         return OuterProducts(left_BEND, self.right_BNP[:, None].expand(-1, self.shape[0], -1, -1), self.shape)
 
 
+@dataclass(frozen=True, eq=False)
+class TableUses:
+    """One table as an embedding and as a linear layer, of shape (V, D): the sum of both gradients, cross terms and all.
+
+    Where the two meet, a row's one-hot vector would pick features of the linear layer's left factor: they are gathered.
+    """
+
+    rows: RowSums
+    products: OuterProducts  # left of V features and right of D, in one group
+
+    def squared_norms(self, *, reuse: Reuse = None) -> Tensor:
+        left_BNV, right_BND = self.products._factors()
+        rows_BM, added_BMD = self.rows.rows_BN.clamp(min=0), self.rows._added
+        (B, N, V), (M, D) = left_BNV.shape, added_BMD.shape[1:]
+        if left_BNV.device.type == "cpu" and N * V * N + (N + M) ** 2 * D > N * V * D:
+            formed_BVD = left_BNV.mT @ right_BND
+            places_BM = rows_BM + V * torch.arange(B)[:, None]
+            formed_BVD.view(B * V, D).index_add_(0, places_BM.flatten(), added_BMD.flatten(0, 1))
+            spread_B = (_norms(left_BNV) * _norms(right_BND)).sum(1) + _norms(added_BMD).sum(1)
+            return _allow_for_sum(_norms(_norms(formed_BVD)), spread_B).square()
+        met_BNM = left_BNV.gather(2, rows_BM[:, None, :].expand(-1, N, -1))
+        same_BMM = (rows_BM[:, :, None] == rows_BM[:, None, :]).to(left_BNV.dtype)
+        of_linear_BNT = torch.cat([met_BNM, torch.bmm(left_BNV, left_BNV.mT)], 2)
+        left_gram_BTT = torch.cat([torch.cat([same_BMM, met_BNM.mT], 2), of_linear_BNT], 1)
+        both_BTD = torch.cat([added_BMD, right_BND], 1)
+        return _squared_norms_of_grams(left_gram_BTT, torch.bmm(both_BTD, both_BTD.mT), (V, D))
+
+    def weighted_sum(self, weights: RecordWeights) -> Tensor:
+        return self.rows.weighted_sum(weights) + self.products.weighted_sum(weights)
+
+    def outer_products(self) -> OuterProducts:
+        return _joined([self.rows.outer_products(), self.products])
+
+
 def together(uses: Sequence[PerRecordGradient]) -> PerRecordGradient:
     """The gradient of a parameter used several times: the sum over its uses, cross terms and all."""
     if len(uses) == 1:
         return uses[0]
-    products = [use.outer_products() for use in uses]
+    tables = [use for use in uses if isinstance(use, RowSums)]
+    products = [use.outer_products() for use in uses if not isinstance(use, RowSums)]
+    if not tables:
+        return _joined(products)
+    rows_BN, left_BND = torch.cat([t.rows_BN for t in tables], 1), torch.cat([t.left_BND for t in tables], 1)
+    rows = RowSums(rows_BN, left_BND, tables[0].shape)
+    return TableUses(rows, _joined(products)) if products else rows
+
+
+def _joined(products: Sequence[OuterProducts]) -> OuterProducts:
+    if len(products) == 1:
+        return products[0]
     left, right = torch.cat([p.left_BGND for p in products], 2), torch.cat([p.right_BGNP for p in products], 2)
     return OuterProducts(left, right, products[0].shape)
 

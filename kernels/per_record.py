@@ -16,6 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -138,7 +139,7 @@ def experts_linear(x: Tensor, experts: Tensor, weight: Tensor, site: Site | None
     `name` is the weight's in its layer. Gradients are summed within record and expert before the norm is taken.
     Returns (B*K, N, D).
     """
-    rule = _ExpertsLinear(experts, name)
+    rule = _ExpertsLinear(experts, len(weight), name)
     return rule.forward(x, weight) if site is None else apply(rule, site, x, **{name: weight})
 
 
@@ -283,6 +284,7 @@ class _Copies(Rule):
 @dataclass(frozen=True, eq=False)
 class _ExpertsLinear(Rule):
     experts: Tensor
+    num_experts: int
     name: str
 
     def forward(self, x: Tensor, *parameters: Tensor | None) -> Tensor:
@@ -301,8 +303,14 @@ class _ExpertsLinear(Rule):
         return {self.name: found}
 
     def _through(self, x: Tensor, matrices_EPD: Tensor) -> Tensor:
-        y = x.new_zeros(*x.shape[:-1], matrices_EPD.shape[-1], dtype=torch.result_type(x, matrices_EPD))
-        for expert, matrix_PD in enumerate(matrices_EPD):
-            own = self.experts == expert
-            y = y.index_put((own,), (x[own] @ matrix_PD).to(y.dtype))
-        return y
+        order_T, counts_E = self._sorted
+        rows = x.flatten(0, -2).index_select(0, order_T).split(counts_E)
+        y_TD = torch.cat([own @ matrix_PD for own, matrix_PD in zip(rows, matrices_EPD, strict=True)])
+        return y_TD.index_select(0, order_T.argsort()).view(*x.shape[:-1], -1)
+
+    @cached_property
+    def _sorted(self) -> tuple[Tensor, list[int]]:
+        """All tokens by expert, and how many each expert has."""
+        sorted_T, order_T = self.experts.flatten().sort(stable=True)
+        edges = torch.arange(self.num_experts + 1, device=order_T.device)
+        return order_T, torch.searchsorted(sorted_T, edges).diff().tolist()

@@ -47,6 +47,7 @@ class DiTConfig(Sized):
 
     SIZES: ClassVar = SIZES
 
+    name: Literal["dit"] = "dit"
     size: SizeName | None = None
     image_size: int = Field(gt=0)
     channels: int = Field(gt=0)
@@ -75,6 +76,29 @@ class DiTConfig(Sized):
     @property
     def patch_features(self) -> int:
         return self.channels * self.patch_size**2
+
+    @property
+    def linear_outputs(self) -> int:
+        """Elements that the blocks' linear layers put out for a token: D (5 + r) each, r being the MLP's ratio."""
+        return self.depth * self.width * (5 + self.mlp_ratio)
+
+    def kept_elements(self, *, checkpointed: bool = False) -> int:
+        """Elements kept for the backward, a token, an estimate.
+
+        A block keeps D (13 + 2 r): norms' inputs and outputs 4, linears' inputs 2 + r, q k v 3, attention's output
+        twice, gates' 2, GELU's input r. With activation checkpointing D for each block's input, and one block in full.
+        """
+        block = self.width * (13 + 2 * self.mlp_ratio)
+        return self.depth * self.width + block if checkpointed else self.depth * block
+
+    def forward_flops(self, num_records: int = 1) -> int:
+        """Floating-point operations of one forward, a multiply-add as two; matrix products only."""
+        width, tokens = self.width, self.num_tokens
+        token_weights = (4 + 2 * self.mlp_ratio) * width**2
+        block = 2 * tokens * token_weights + 4 * tokens**2 * width + 2 * 6 * width**2
+        ends = 2 * (2 * tokens * self.patch_features * width)
+        conditioning = 2 * (SINUSOID_FEATURES * width + width**2) + 2 * 2 * width**2
+        return num_records * (self.depth * block + ends + conditioning)
 
 
 class DiTBlock(nn.Module):
@@ -165,15 +189,6 @@ class DiT(nn.Module):
         elif name.endswith("weight") and "modulation" not in name and name != "final.proj.weight":
             nn.init.xavier_uniform_(value, generator=generator)
         return value
-
-    def forward_flops(self, batch: int = 1) -> int:
-        """Floating-point operations of one forward of `batch` records, a multiply-add as two; matrix products only."""
-        config, width, tokens = self.config, self.config.width, self.config.num_tokens
-        token_weights = (4 + 2 * config.mlp_ratio) * width**2
-        block = 2 * tokens * token_weights + 4 * tokens**2 * width + 2 * 6 * width**2
-        ends = 2 * (2 * tokens * config.patch_features * width)
-        conditioning = 2 * (SINUSOID_FEATURES * width + width**2) + 2 * 2 * width**2
-        return batch * (config.depth * block + ends + conditioning)
 
     def _patchify(self, x_BCHW: Tensor) -> Tensor:
         config = self.config

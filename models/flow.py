@@ -3,6 +3,8 @@
 Time runs from 0 (data) to 1 (noise) on a path x_t = alpha(t) x0 + sigma(t) e:
 
 - `flow`: alpha = 1 - t, sigma = t; the target is the velocity e - x0 (Lipman et al. 2023; Liu et al. 2023);
+- `x0`: the same path; the target is x0, which a small model of large patches learns with less, for images lie in few
+  dimensions and noise in all (Li & He 2025, arXiv:2511.13720);
 - `epsilon` and `v`: alpha = cos(pi t / 2), sigma = sin(pi t / 2); the target is e, or alpha e - sigma x0
   (Ho et al. 2020; Salimans & Ho 2022).
 
@@ -35,7 +37,7 @@ class Objective(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    prediction: Literal["flow", "epsilon", "v"] = "flow"
+    prediction: Literal["flow", "x0", "epsilon", "v"] = "flow"
     timesteps: Literal["logit_normal", "uniform"] = "logit_normal"
 
     def sample_timesteps(self, u_B: Tensor) -> Tensor:
@@ -59,12 +61,12 @@ class Objective(BaseModel):
     def noised(self, x0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """x_t and what the model is to predict of it; `t` broadcasts."""
         alpha, sigma = self.path(t)
-        target = {"flow": noise - x0, "epsilon": noise, "v": alpha * noise - sigma * x0}[self.prediction]
-        return alpha * x0 + sigma * noise, target
+        targets = {"flow": noise - x0, "x0": x0, "epsilon": noise, "v": alpha * noise - sigma * x0}
+        return alpha * x0 + sigma * noise, targets[self.prediction]
 
     def path(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """alpha(t) and sigma(t)."""
-        if self.prediction == "flow":
+        if self.prediction in ("flow", "x0"):
             return 1 - t, t
         return torch.cos(t * math.pi / 2), torch.sin(t * math.pi / 2)
 
@@ -74,6 +76,8 @@ class Objective(BaseModel):
         match self.prediction:
             case "flow":
                 return x - sigma * prediction, x + alpha * prediction
+            case "x0":
+                return prediction, (x - alpha * prediction) / sigma
             case "epsilon":
                 return (x - sigma * prediction) / alpha, prediction
             case "v":
@@ -84,6 +88,8 @@ class Objective(BaseModel):
         if self.prediction == "flow":
             return prediction
         x0, noise = self.data_and_noise(x, t, prediction)
+        if self.prediction == "x0":
+            return noise - x0
         alpha, sigma = self.path(t)
         return math.pi / 2 * (alpha * noise - sigma * x0)
 

@@ -35,11 +35,13 @@ Given = TypeVar("Given")
 class Text:
     """Tokens without their delimiters; where `learn`, each of them and the end is to be predicted from what precedes.
 
-    An empty text is the caption of what has none (guidance).
+    An empty text is the caption of what has none (guidance). The end of one that is not `whole`, but cut short, is not
+    learnt: it is no place to end at.
     """
 
     tokens: Sequence[int]
     learn: bool = False
+    whole: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,7 +211,7 @@ class Layout:
         batch.tokens_BN[row, start:stop] = tokens
         batch.positions_BN3[row, start:stop, 0] = torch.arange(place, place + len(tokens))
         batch.targets_BN[row, start : stop - 1] = tokens[1:]
-        batch.weights_BN[row, start : stop - 1] = float(text.learn)
+        batch.weights_BN[row, start : stop - (1 if text.whole else 2)] = float(text.learn)
 
     def _put_image(self, batch: Packed, row: int, start: int, place: int, number: int, image: Image) -> None:
         height, width = self._grid(image.pixels_CHW)
@@ -226,9 +228,12 @@ class Layout:
         batch.positions_BN3[row, first:end, 1:] = rows_columns
 
 
-def image_to_text(pixels_CHW: Tensor | None, caption: Sequence[int] | None) -> Document:
-    """The document that teaches to tell an image in words. Raises ValueError where the record lacks one of the two."""
-    return [Image(_given(pixels_CHW, "image")), Text(_given(caption, "caption"), learn=True)]
+def image_to_text(pixels_CHW: Tensor | None, caption: Sequence[int] | None, *, whole: bool = True) -> Document:
+    """The document that teaches to tell an image in words; its caption is `whole`, or cut short.
+
+    Raises ValueError where the record lacks one of the two.
+    """
+    return [Image(_given(pixels_CHW, "image")), Text(_given(caption, "caption"), learn=True, whole=whole)]
 
 
 def text_to_image(caption: Sequence[int] | None, pixels_CHW: Tensor | None) -> Document:

@@ -138,10 +138,18 @@ class FileTokenizer(Tokenizer):
         super().__init__(vocab_size, {name: token for name, token in found.items() if token is not None})
 
     def _encode(self, text: str) -> list[int]:
-        return self._file.encode(text, add_special_tokens=False).ids
+        tokens: list[int] = self._file.encode(text, add_special_tokens=False).ids
+        if not self._special_tokens.isdisjoint(tokens):  # a file whose plain vocabulary holds a special token's name
+            raise ValueError("the text spells a special token, and this file takes it for one: leave the text out")
+        return tokens
 
     def _decode(self, tokens: list[int]) -> str:
         return self._file.decode(tokens, skip_special_tokens=False)
 
     def _cut(self, tokens: list[int], length: int) -> list[int]:
         return tokens[:length]
+
+
+def open_tokenizer(name: str) -> Tokenizer:
+    """By the name a config gives: "bytes", or the path of a `tokenizers` file."""
+    return ByteTokenizer() if name == "bytes" else FileTokenizer(Path(name))

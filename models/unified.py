@@ -11,6 +11,9 @@ adaLN would give every token of a row a shift, scale and gate of its own, six ve
 given neutral ones, and rows with several images would pay for B * N of them. An added embedding is exactly absent from
 text, costs one product a row, and leaves every block the same for both modalities.
 
+A patch's row and column enter twice: turned into queries and keys, which tells patches how far apart they are, and as
+fixed sines and cosines at the input (as in BAGEL), which tells where in the image each is.
+
 Only a `PerRecordModule` holds parameters, and its first dimension is the row: in private stages that is the unit.
 """
 
@@ -18,10 +21,12 @@ Only a `PerRecordModule` holds parameters, and its first dimension is the row: i
 # cache, L layers, E experts
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, Self
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -33,6 +38,7 @@ from kernels.attention_mask import AttentionMask, attention_mask, text_and_image
 from kernels.norms import rms_norm
 from kernels.qk_norm_rope import qk_norm_rope, rotary_angles
 from models.layers import (
+    MAX_PERIOD,
     SINUSOID_FEATURES,
     Embedding,
     LearnedTensor,
@@ -43,6 +49,7 @@ from models.layers import (
 from models.moe import MixtureOfExperts, Routed, SwiGLU
 from models.packed import Packed
 from models.sizes import Sized
+from models.tokenizer import open_tokenizer
 
 SizeName = Literal["nano", "tiny", "S", "B", "L", "1B", "3B", "7B"]
 
@@ -63,6 +70,9 @@ HIDDEN_MULTIPLE = 128
 class UnifiedConfig(Sized):
     """A unified model's shape: a named `size`, or `width`, `depth` and `heads`; after validation all four agree.
 
+    tokenizer: "bytes", or the path of a `tokenizers` file. tokenizer_sha256 and vocab_size follow from it; where they
+    are given, as in what is written of a trained model, the file must have them.
+    image_size, max_caption_tokens: of the square images and the captions that the model is for.
     modality_experts: norms and feed-forward networks of their own for text tokens and for patches.
     num_experts, top_k: of a mixture of experts (for each modality, where they have their own); an expert's hidden width
     is the dense network's divided by top_k, so that a token costs the same.
@@ -70,16 +80,37 @@ class UnifiedConfig(Sized):
 
     SIZES: ClassVar = SIZES
 
+    name: Literal["unified"] = "unified"
     size: SizeName | None = None
-    vocab_size: int = Field(gt=0)
+    tokenizer: str = "bytes"
+    tokenizer_sha256: str | None = None
+    vocab_size: int = Field(default=0, ge=0)
+    image_size: int = Field(gt=0)
     channels: int = Field(gt=0)
     patch_size: int = Field(gt=0)
+    max_caption_tokens: int = Field(gt=0)
     modality_experts: bool = False
     num_experts: int = Field(default=1, ge=1)
     top_k: int = Field(default=1, ge=1)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read_tokenizer(cls, values: Any) -> Any:
+        name = values.get("tokenizer", "bytes") if isinstance(values, dict) else None
+        if not isinstance(name, str):
+            return values
+        found: dict[str, Any] = {"vocab_size": open_tokenizer(name).vocab_size, "tokenizer_sha256": None}
+        if name != "bytes":
+            found["tokenizer_sha256"] = hashlib.sha256(Path(name).read_bytes()).hexdigest()
+        for key, value in found.items():
+            if values.get(key) not in (None, 0, value):
+                raise ValueError(f"{key} is {values[key]}, but tokenizer {name} has {value}: restore that file")
+        return {**values, **found}
+
     @model_validator(mode="after")
     def _fits(self) -> Self:
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         if self.width % self.heads or self.width // self.heads % 8:
             raise ValueError(
                 f"width {self.width} over heads {self.heads} must be a multiple of 8, for rotary positions"
@@ -102,8 +133,51 @@ class UnifiedConfig(Sized):
         return 2 if self.modality_experts else 1
 
     @property
+    def experts_a_layer(self) -> int:
+        """Of all modalities together; 0 where the layers are dense."""
+        experts = self.num_experts * self.num_modalities
+        return 0 if experts == 1 else experts
+
+    @property
     def patch_features(self) -> int:
         return self.channels * self.patch_size**2
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the longest document of a caption and an image, each with its delimiters."""
+        return self.max_caption_tokens + 2 + self.num_patches + 2
+
+    @property
+    def linear_outputs(self) -> int:
+        """Elements that the linear layers put out for a token: 5 D and two hidden widths a block, and the logits."""
+        return self.depth * (5 * self.width + 2 * self.hidden_width) + self.vocab_size
+
+    def kept_elements(self, *, checkpointed: bool = False) -> int:
+        """Elements kept for the backward, a token, an estimate.
+
+        A block keeps 12 D and 4 H: norms' inputs and outputs 4, q k v before and after their norms 5, attention's
+        output twice, a rest of 1, and of the SwiGLU gate, value, silu and product. With activation checkpointing D for
+        each block's input, and one block in full. Then logits and their softmax.
+        """
+        block = 12 * self.width + 4 * self.hidden_width
+        return (self.depth * self.width + block if checkpointed else self.depth * block) + 3 * self.vocab_size
+
+    def forward_flops(self, num_rows: int, num_tokens: int, num_images: int = 1, pairs: int | None = None) -> int:
+        """Floating-point operations of one forward of rows of so many tokens and images, a multiply-add as two.
+
+        Matrix products only. `pairs` is the mask's `visited_pairs()`; None for all pairs, as attention on the CPU.
+        """
+        tokens, width, experts = num_rows * num_tokens, self.width, self.num_experts * self.num_modalities
+        router = experts * width if self.num_experts > 1 else 0
+        block = 2 * tokens * (4 * width**2 + 3 * width * self.hidden_width + router)
+        attended = 4 * width * (tokens * num_tokens if pairs is None else pairs)
+        ends = 2 * tokens * width * (self.vocab_size + 2 * self.patch_features + num_images)
+        conditioning = 2 * num_rows * num_images * (SINUSOID_FEATURES * width + width**2)
+        return self.depth * (block + attended) + ends + conditioning
 
     @property
     def rotary_widths(self) -> tuple[int, int, int]:
@@ -200,7 +274,7 @@ class Block(nn.Module):
         self.attention_norm, self.mlp_norm = Norm(width, modalities), Norm(width, modalities)
         self.attention = PackedAttention(width, config.heads)
         expert_width = config.hidden_width // config.top_k
-        if config.num_experts * modalities == 1:
+        if config.experts_a_layer == 0:
             self.mlp = SwiGLU(width, expert_width)
         else:
             self.mlp = MixtureOfExperts(width, expert_width, config.num_experts, config.top_k, modalities)
@@ -299,23 +373,10 @@ class Unified(nn.Module):
                 value /= math.sqrt(2 * self.config.depth)
         return value
 
-    def forward_flops(self, num_rows: int, num_tokens: int, num_images: int = 1, pairs: int | None = None) -> int:
-        """Floating-point operations of one forward of rows of so many tokens and images, a multiply-add as two.
-
-        Matrix products only. `pairs` is the mask's `visited_pairs()`; None for all pairs, as attention on the CPU.
-        """
-        config, tokens = self.config, num_rows * num_tokens
-        width, experts = config.width, config.num_experts * config.num_modalities
-        router = experts * width if config.num_experts > 1 else 0
-        block = 2 * tokens * (4 * width**2 + 3 * width * config.hidden_width + router)
-        attended = 4 * width * (tokens * num_tokens if pairs is None else pairs)
-        ends = 2 * tokens * width * (config.vocab_size + 2 * config.patch_features + num_images)
-        conditioning = 2 * num_rows * num_images * (SINUSOID_FEATURES * width + width**2)
-        return config.depth * (block + attended) + ends + conditioning
-
     def _embed(self, batch: Packed, times_BI: Tensor) -> Tensor:
         times_BID = self.time_embed(times_BI.flatten()).unflatten(0, times_BI.shape)
         patches_BND = self.patch_embed(batch.patches_BNF.to(self.patch_embed.weight.dtype))
+        patches_BND = patches_BND + _places(batch.positions_BN3[..., 1:], self.config.width).to(patches_BND.dtype)
         x_BND = torch.where(batch.is_patch_BN[..., None], patches_BND, self.embed(batch.tokens_BN))
         # by a product with zeros and ones: on a GPU the backward of an index adds up in no fixed order
         images_I = torch.arange(times_BI.shape[1], device=times_BI.device)
@@ -332,3 +393,10 @@ class Unified(nn.Module):
             raise ValueError(
                 f"times_BI has shape {tuple(times_BI.shape)}: give one for each image, {tuple(batch.noised_BI.shape)}"
             )
+
+
+def _places(rows_columns_BN2: Tensor, width: int) -> Tensor:
+    """Fixed features of each token's row and column, fp32 (B, N, D): of either sines, then cosines."""
+    exponents = -math.log(MAX_PERIOD) * torch.arange(width // 4, device=rows_columns_BN2.device) / (width // 4)
+    angles = rows_columns_BN2[..., None].float() * torch.exp(exponents)
+    return torch.cat([angles.sin(), angles.cos()], -1).flatten(2)

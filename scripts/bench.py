@@ -27,8 +27,10 @@ def main() -> int:
     from privacy.pii.findings import MissingDetector
     from train.benchmarks import data, train
     from train.benchmarks_checkpoint import checkpoint
+    from train.benchmarks_experts import experts
     from train.benchmarks_goodput import goodput
     from train.benchmarks_kernels import kernels, tune_kernels
+    from train.benchmarks_packing import packing
     from train.benchmarks_pii import PARTS, pii
     from train.benchmarks_privacy import dp
     from train.benchmarks_restart import restart
@@ -43,6 +45,8 @@ def main() -> int:
         "data": data,
         "pii": pii,
         "goodput": goodput,
+        "packing": packing,
+        "experts": experts,
     }
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=benchmarks, help="what to measure")

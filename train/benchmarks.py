@@ -73,7 +73,7 @@ def train() -> list[Row]:
 
     step()
     elapsed = statistics.median(seconds(step) for _ in range(15))
-    flops = 3 * backend.module.forward_flops(records)  # type: ignore[operator]
+    flops = 3 * config.forward_flops(records)
     return [
         Row(name="train.nano_images_a_second", value=records / elapsed, unit="images/s"),
         Row(name="train.nano_model_flops", value=flops / elapsed / 1e12, unit="TFLOP/s"),

@@ -26,6 +26,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from kernels.noise import KEYSTREAMS, gaussian
+from models.dit import DiTConfig
 from models.layers import Embedding, Linear
 from privacy.clipping import EngineName, make_clipper
 from privacy.ledger import Ledger
@@ -33,17 +34,18 @@ from privacy.mechanism import Mechanism
 from privacy.noise import GaussianNoise
 from privacy.secrets import signing_seed
 from train.benchmarks import Work, fixed_losses, initialised, interleaved, one_process, ratio, seconds
-from train.config import OPERATIONAL, DiTModel, FinetuneStage, Optim, Parallel, PretrainStage, Privacy, Train
-from train.data import Indices, Prefetcher, ShardDataset, public_batch
+from train.config import OPERATIONAL, FinetuneStage, Optim, Parallel, PretrainStage, Privacy, Train
+from train.data import Prefetcher, ShardDataset, public_batch
 from train.health import Health
 from train.images import encode_png
+from train.labelled_images import LabelledImages, Loaded
 from train.measurements import Row
 from train.optim import ExponentialMovingAverage
 from train.parallel import Backend
 from train.private import mechanism_terms, stage_clipper
 from train.run_folder import code_version
 from train.shards import Record, write_shards
-from train.step import Batches, PrivateStep, PublicStep
+from train.step import PrivateStep, PublicStep
 
 ENGINES: tuple[EngineName, ...] = get_args(EngineName)
 TARGETS = {"two_pass": 1.5, "kept_gradients": 1.15, "group_wise": 1.15}  # of forward, backward and clipping
@@ -124,7 +126,7 @@ def _timeable(rivals: Mapping[str, _Rival], backend: Backend, ours: Mapping[str,
     return found
 
 
-def _opacus(config: DiTModel, losses: Losses, device: torch.device) -> dict[str, _Rival]:
+def _opacus(config: DiTConfig, losses: Losses, device: torch.device) -> dict[str, _Rival]:
     """Opacus' two ways to a clipped sum, by its own modules and optimizers; none where it is not installed."""
     if importlib.util.find_spec("opacus") is None:
         return {}
@@ -161,7 +163,7 @@ def _opacus(config: DiTModel, losses: Losses, device: torch.device) -> dict[str,
     }
 
 
-def _plain(config: DiTModel) -> nn.Module:
+def _plain(config: DiTConfig) -> nn.Module:
     """The same model with torch's own layers, by whose exact types other libraries choose their rules."""
     model = initialised(config)
     for module in model.modules():
@@ -193,7 +195,7 @@ def _logical_step(rounds: int) -> list[Row]:
 
 
 @contextmanager
-def _logical_steps(config: DiTModel, folder: Path) -> Iterator[dict[str, Work]]:
+def _logical_steps(config: DiTConfig, folder: Path) -> Iterator[dict[str, Work]]:
     """The real public and private steps over the same 128 records, with one model, optimizer and average for all.
 
     Every unit is drawn, at sampling rate 1, so that each step has 8 microbatches.
@@ -207,29 +209,32 @@ def _logical_steps(config: DiTModel, folder: Path) -> Iterator[dict[str, Work]]:
     clippers = {"auto": stage_clipper(private, config, backend, None)}
     clippers |= {name: make_clipper(name, backend.module, BOUND) for name in ENGINES if name != "kept_gradients"}
 
-    def order(step: int) -> Indices:
-        return public_batch(public.train.seed, step, num_records, num_records)
+    batches = LabelledImages(private, config, backend.world, dataset)
+    batches_public = LabelledImages(public, config, backend.world, dataset)
+
+    def load(step: int) -> Loaded:
+        records = public_batch(public.train.seed, step, num_records, num_records)
+        return batches_public.load(step, records[:, None])
 
     def counting(step: Callable[[int], object], numbers: Iterator[int]) -> Work:
         return lambda: step(next(numbers))
 
     with (
-        Prefetcher(dataset, order, config.channels, config.image_size, RUN_STEPS) as prefetcher,
+        Prefetcher(load, RUN_STEPS) as prefetcher,
         _mechanism(private, folder / "ledger.jsonl", num_records) as mechanism,
     ):
-        batches, numbers = Batches(private, config, backend.world), itertools.count()
-        health = Health(public, folder, backend.world, None)
-        public_step = PublicStep(public, Batches(public, config, backend.world), backend, average, prefetcher, health)
+        health, numbers = Health(public, folder, backend.world, None), itertools.count()
+        public_step = PublicStep(public, batches_public, backend, average, prefetcher, health)
         yield {
             "non_private": counting(public_step, itertools.count()),
             **{  # the engines take turns in one run: a mechanism's steps follow each other
-                name: counting(PrivateStep(private, batches, backend, average, clipper, mechanism, dataset), numbers)
+                name: counting(PrivateStep(private, batches, backend, average, clipper, mechanism), numbers)
                 for name, clipper in clippers.items()
             },
         }
 
 
-def _ledger_and_gate(config: DiTModel, ledger: Path) -> float:
+def _ledger_and_gate(config: DiTConfig, ledger: Path) -> float:
     """Seconds a step, on average over a run, of charging it, marking it done, syncing and reading off its epsilon.
 
     All that is done once a run is in it: how many steps the budget affords, and every point of the epsilon curve.
@@ -322,28 +327,28 @@ def _memory(*, peak: bool) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
-def _model(image_size: int) -> DiTModel:
-    return DiTModel(name="dit", width=384, depth=6, heads=6, image_size=image_size, channels=3, num_classes=10)
+def _model(image_size: int) -> DiTConfig:
+    return DiTConfig(width=384, depth=6, heads=6, image_size=image_size, channels=3, num_classes=10)
 
 
-def _private_stage(config: DiTModel) -> FinetuneStage:
+def _private_stage(config: DiTConfig) -> FinetuneStage:
     privacy = Privacy(target_epsilon=10.0, max_grad_norm=BOUND, replay_steps=0)
     return FinetuneStage(
         name="finetune_dp", stage="finetune_dp", split="private", privacy=privacy, **_training(config)
     )  # fmt: skip
 
 
-def _public_stage(config: DiTModel) -> PretrainStage:
+def _public_stage(config: DiTConfig) -> PretrainStage:
     return PretrainStage(name="pretrain", stage="pretrain", split="public", **_training(config))
 
 
-def _training(config: DiTModel) -> dict[str, Any]:
+def _training(config: DiTConfig) -> dict[str, Any]:
     train = Train(steps=RUN_STEPS, batch_size=MICROBATCH * MICROBATCHES, microbatch_size=MICROBATCH, seed=0)
     optim, parallel = Optim(learning_rate=1e-4), Parallel(backend="single")
     return {"data_from": "data", "model": config, "train": train, "optim": optim, "parallel": parallel}
 
 
-def _records(number: int, config: DiTModel) -> Iterator[Record]:
+def _records(number: int, config: DiTConfig) -> Iterator[Record]:
     generator = np.random.default_rng(0)
     for index in range(number):
         pixels = generator.integers(0, 256, (config.image_size, config.image_size, 3), dtype=np.uint8)

@@ -40,8 +40,11 @@ def _filters(manifest: Mapping[str, Any], run: RunFolder) -> list[dict[str, Any]
     """The filter stages that the training stages read, each with what binds its shards: digests, no values."""
     read = dict.fromkeys(stage["data_from"] for stage in _sources(manifest, run))
     filters: list[dict[str, Any]] = []
-    for stage in read:
-        written = run.read_manifest(stage)
+    for name in read:
+        stage, written = name, run.read_manifest(name)
+        if written is not None and written["kind"] == "latents":  # made of what it read
+            stage = written["config"]["data_from"]
+            written = run.read_manifest(stage)
         if written is not None and written["kind"] == FilterStage.kind:
             metrics = written["metrics"]
             named = {key: metrics.get(key) for key in ("shards_root", "policy_sha256", "detectors")}
@@ -91,10 +94,8 @@ def model_card(config: Mapping[str, Any], card: Mapping[str, Any], manifest: Map
         for filter in card["filter"]
         if filter["shards_root"] is not None
     )
-    return f"""# Class-conditional diffusion transformer
-
-{model["channels"]} x {model["image_size"]} x {model["image_size"]} images, {model["num_classes"]} classes; \
-DiT of width {model["width"]}, depth {model["depth"]}, {model["heads"]} heads, patches of {model["patch_size"]}. \
+    described, use = _unified(model) if model["name"] == "unified" else _classes(model)
+    return f"""# {described} \
 The weights are the moving average (EMA) of stage `{manifest["stage"]}` in recipe `{run.recipe}`.
 
 ## Privacy
@@ -114,10 +115,46 @@ The weights are the moving average (EMA) of stage `{manifest["stage"]}` in recip
 ```python
 import torch
 from pathlib import Path
-from train.generation import generate, load_export
+{use}
+```
+"""
+
+
+def _classes(model: Mapping[str, Any]) -> tuple[str, str]:
+    """What the card says of a class-conditional model: its heading with a line below, and how it is used."""
+    described = f"""Class-conditional diffusion transformer
+
+{model["channels"]} x {model["image_size"]} x {model["image_size"]} images, {model["num_classes"]} classes; \
+DiT of width {model["width"]}, depth {model["depth"]}, {model["heads"]} heads, patches of {model["patch_size"]}."""
+    use = f"""from train.generation import generate, load_export
 
 model, objective, _ = load_export(Path("model"))
 labels = torch.arange({model["num_classes"]})
-images = generate(model, objective, labels, seed=0, sampler="heun", steps=30, guidance=2.0)  # [N, C, H, W] in [-1, 1]
+images = generate(model, objective, labels, seed=0, sampler="heun", steps=30, guidance=2.0)
+# fp32 [N, C, H, W] in [-1, 1]"""
+    return described, use
+
+
+def _unified(model: Mapping[str, Any]) -> tuple[str, str]:
+    """As `_classes`, of a unified model."""
+    experts = model["num_experts"] * (2 if model["modality_experts"] else 1)
+    described = f"""Unified model of text and images
+
+{model["channels"]} x {model["image_size"]} x {model["image_size"]} images and captions of up to \
+{model["max_caption_tokens"]} tokens, either made of the other; one transformer of width {model["width"]}, depth \
+{model["depth"]}, {model["heads"]} heads, patches of {model["patch_size"]}\
+{f", {experts} experts a layer" if experts > 1 else ""}; tokens: {model["tokenizer"]}."""
+    use = """from models.packed import Image, Text
+from train.documents import layout_of
+from train.generation import draw, load_export, write
+
+model, objective, _ = load_export(Path("model"))
+caption = Text(layout_of(model.config).tokenizer.encode("what to draw").tokens)
+images = draw(model, objective, [[caption]], seed=0, sampler="heun", steps=30, guidance=2.0)  # [N, C, H, W] in [-1, 1]
+captions = write(model, [[Image(image)] for image in images])
 ```
-"""
+
+```
+python scripts/sample.py --model model --prompt "what to draw"
+python scripts/sample.py --model model --image picture.png"""
+    return described, use

@@ -15,14 +15,17 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from kernels.dispatch import Choice
-from models.dit import DiTConfig
+from models.registry import ModelConfig
+from models.unified import UnifiedConfig
 from privacy.pii.duplicates import DuplicatesConfig
 from privacy.pii.policy import Policy
 from train.executors import Executor
+from train.expert_parallel import require_even
 from train.source_config import SourceConfig
 
 Positive = Annotated[int, Field(gt=0)]
 Natural = Annotated[int, Field(ge=0)]
+Weight = Annotated[float, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 StageName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
@@ -49,19 +52,48 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class DiTModel(DiTConfig):
-    """The `model` section: the architecture's name and its configuration."""
-
-    name: Literal["dit"]
-
-
 class Objective(Section):
-    """What the network predicts, at which timesteps, and how often the label is dropped for guidance."""
+    """What the network predicts, at which timesteps, and how often label or caption is dropped for guidance.
 
-    prediction: Literal["flow", "epsilon", "v"] = "flow"
+    The weights and the experts' balance are a unified model's (`models.unified_objective`).
+    """
+
+    prediction: Literal["flow", "x0", "epsilon", "v"] = "flow"
     timesteps: Literal["logit_normal", "uniform"] = "logit_normal"
     label_dropout: Fraction = 0.1
     noise_draws: Positive = 1  # (timestep, noise) pairs a record and step; in a private stage all are one unit
+    patches_weight: Weight = 1.0
+    balancing: Literal["none", "row", "batch"] = "none"
+    balance_weight: Weight = 0.01
+    z_weight: Weight = 0.001
+    kl_weight: Weight = 0.001  # of a VAE's latents, in nats a latent, beside the mean absolute error of the pixels
+
+
+class Documents(Section):
+    """How the records of a unified model's stage become documents, and these rows of tokens."""
+
+    tasks: Annotated[tuple[Literal["image_to_text", "text_to_image"], ...], Field(min_length=1)] = (
+        "image_to_text",
+        "text_to_image",
+    )
+    row_tokens: Positive  # of a row; in a private stage, where a row is one unit, of the longest
+    bounds: tuple[Positive, ...] | None = None  # private: a row is padded to the least that holds it; null: row_tokens
+    too_long: Literal["truncate", "leave_out"] = "truncate"  # captions of more than model.max_caption_tokens
+    # What a record's text loss is divided by in a private stage, where it may not depend on the batch: the public
+    # captions' mean tokens, say; null: model.max_caption_tokens.
+    caption_tokens: PositiveFloat | None = None
+
+    @model_validator(mode="after")
+    def _can_be(self) -> Self:
+        bounds = self.bounds
+        if bounds is not None and (list(bounds) != sorted(set(bounds)) or bounds[-1:] != (self.row_tokens,)):
+            raise ValueError(
+                f"bounds are {list(bounds)}: give ascending numbers of tokens, the last of them row_tokens "
+                f"({self.row_tokens})"
+            )
+        if len(set(self.tasks)) != len(self.tasks):
+            raise ValueError(f"tasks are {', '.join(self.tasks)}: name each once")
+        return self
 
 
 class Train(Section):
@@ -69,7 +101,7 @@ class Train(Section):
 
     steps: Positive
     batch_size: Positive
-    microbatch_size: Positive  # records a rank puts through one forward
+    microbatch_size: Positive  # records a rank puts through one forward; of a unified model, rows
     seed: Natural
     precision: Literal["fp32", "bf16"] = "fp32"
     max_grad_norm: PositiveFloat | None = None  # non-private gradient clipping
@@ -93,6 +125,7 @@ class Parallel(Section):
     backend: Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
     nproc: Positive = 1  # processes a node
     min_ranks: Positive | None = None  # over all nodes: a restart goes on without lost ones down to it; null: all
+    expert_parallel: Positive = 1  # ranks that share each layer's experts, which tokens then travel to
     activation_checkpointing: bool = False
     compile: bool = False
     kernels: Choice = "auto"  # Triton's, where a GPU runs them; triton or reference: these, or an error
@@ -104,6 +137,28 @@ class Parallel(Section):
             raise ValueError(
                 f"parallel.nproc is {self.nproc} but parallel.backend is single, which is one process: "
                 "set parallel.nproc to 1 or parallel.backend to ddp, fsdp2, zero1, zero2 or zero3"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _experts_have_their_ranks(self) -> Self:
+        size = self.expert_parallel
+        if size == 1:
+            return self
+        if self.backend not in ("ddp", "fsdp2"):
+            raise ValueError(
+                f"parallel.expert_parallel is {size} under parallel.backend {self.backend}, which keeps all experts "
+                "together: choose ddp, or fsdp2 where all other weights are to be sharded too"
+            )
+        if self.nproc % size and size % self.nproc:
+            raise ValueError(
+                f"parallel.expert_parallel is {size}, and parallel.nproc {self.nproc}: let one divide the other, so "
+                "that experts are shared within a node or by whole nodes"
+            )
+        if self.min_ranks is not None:
+            raise ValueError(
+                f"parallel.min_ranks is {self.min_ranks} with parallel.expert_parallel {size}: whoever is left after a "
+                "loss may be no multiple of it, so leave min_ranks out"
             )
         return self
 
@@ -275,6 +330,32 @@ class FilterStage(StageConfig):
         return self
 
 
+class DiffusersVae(Section):
+    """A folder of `diffusers` AutoencoderKL weights. digest: of its files; an error tells the right one."""
+
+    folder: str
+    digest: Annotated[str, Field(pattern=r"^blake3:[0-9a-f]{64}$")]
+    image_size: Positive
+
+
+class LatentsStage(StageConfig):
+    """Every split's images as latents, of a VAE trained here (init_from) or elsewhere (diffusers)."""
+
+    kind = "latents"
+    stage: Literal["latents"]
+    init_from: StageName | None = None
+    diffusers: DiffusersVae | None = None
+    data_from: StageName
+    executor: Executor = Executor()
+
+    @model_validator(mode="after")
+    def _one_vae(self) -> Self:
+        if (self.init_from is None) == (self.diffusers is None):
+            has = "both init_from and diffusers" if self.diffusers else "neither init_from nor diffusers"
+            raise ValueError(f"the stage has {has}: name a pretrain stage of a vae, or give a folder of weights")
+        return self
+
+
 class TrainStage(StageConfig):
     """What both kinds of training share; `model` is null where init_from names the stage that has it."""
 
@@ -282,7 +363,8 @@ class TrainStage(StageConfig):
     data_from: StageName
     split: str
     expected_records: Positive | None = None  # for --dry-run only, where the data is not there yet
-    model: DiTModel | None = None
+    model: Annotated[ModelConfig, Field(discriminator="name")] | None = None
+    documents: Documents | None = None  # of a unified model, and of no other
     objective: Objective = Objective()
     train: Train
     optim: Optim
@@ -296,6 +378,12 @@ class TrainStage(StageConfig):
         if (self.model is None) == (self.init_from is None):
             has = "both model and init_from" if self.model else "neither model nor init_from"
             raise ValueError(f"the stage has {has}: give model to start anew, or init_from to go on from a stage")
+        return self
+
+    @model_validator(mode="after")
+    def _has_what_its_model_needs(self) -> Self:
+        if self.model is not None:
+            check_model(self, self.model)
         return self
 
     @model_validator(mode="after")
@@ -316,9 +404,10 @@ class PretrainStage(TrainStage):
 
     @model_validator(mode="after")
     def _reads_public_data(self) -> Self:
-        if self.split == "private":
+        if self.split.startswith("private"):
             raise ValueError(
-                "split is private, but a pretrain stage gives no privacy: set split to public, or stage to finetune_dp"
+                f"split is {self.split}, but a pretrain stage gives no privacy: set split to public, or stage to "
+                "finetune_dp"
             )
         return self
 
@@ -347,6 +436,12 @@ class FinetuneStage(TrainStage):
                 "supervision.bad_steps is skip in a private stage, whose every attempt draws other records anyway: "
                 "set it to replay or stop"
             )
+        if self.parallel.expert_parallel > 1:
+            raise ValueError(
+                f"parallel.expert_parallel is {self.parallel.expert_parallel} in a private stage, where a record's "
+                "tokens would spread its gradient over ranks and none could tell its norm: set it to 1; fsdp2 shards "
+                "experts too"
+            )
         if self.privacy.clipping == "kept_gradients" and self.parallel.backend == "zero3":
             raise ValueError(
                 "privacy.clipping is kept_gradients under parallel.backend zero3, which releases each weight after one "
@@ -370,6 +465,46 @@ class EvalStage(StageConfig):
     guidance: Annotated[float, Field(ge=0)] = 2.0
     minimum_fidelity: dict[StageName, Annotated[float, Field(ge=0, le=1)]] = {}  # below it the launch says "missed"
     seed: Natural = 0
+
+
+class EvalUnifiedStage(StageConfig):
+    """Captions and images of each stage of `init_from`, measured on records of `splits` (`train.unified_evaluation`).
+
+    A figure below its threshold in at_least, or above that in at_most, makes the launch say "missed". Thresholds are by
+    stage and figure: {pretrain: {captions_exact.test: 0.9}}.
+    """
+
+    kind = "eval_unified"
+    stage: Literal["eval_unified"]
+    init_from: Annotated[tuple[StageName, ...], Field(min_length=1)]
+    data_from: StageName
+    splits: Annotated[tuple[str, ...], Field(min_length=1)] = ("test", "public")
+    captions: Positive = 250  # images of a split that are told in words
+    images: Positive = 100  # captions of a split that are drawn
+    reference_images: Positive = 2000  # real images that train the classifier, and that drawn ones are compared with
+    batch_size: Positive = 100
+    sampler: Literal["euler", "heun"] = "euler"
+    sampler_steps: Positive = 30
+    guidance: Annotated[float, Field(ge=0)] = 2.0
+    retrieval: bool = False  # also by an encoder of images and captions, trained on the public split
+    at_least: dict[StageName, dict[str, float]] = {}
+    at_most: dict[StageName, dict[str, float]] = {}
+    seed: Natural = 0
+
+    @model_validator(mode="after")
+    def _shows_no_private_record(self) -> Self:
+        if "private" in self.splits:
+            raise ValueError(
+                "splits names private, whose figures and pictures would be raw ones of private records: leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _thresholds_are_of_its_models(self) -> Self:
+        for key, thresholds in (("at_least", self.at_least), ("at_most", self.at_most)):
+            if unknown := sorted(set(thresholds) - set(self.init_from)):
+                raise ValueError(f"{key} names {unknown[0]}, which is not in init_from ({', '.join(self.init_from)})")
+        return self
 
 
 class EvalPiiStage(StageConfig):
@@ -410,6 +545,7 @@ class Extraction(Section):
     """Samples beside their nearest training images: how many are copies."""
 
     samples_per_class: Positive = 20
+    samples: Positive = 200  # of a unified model, which draws training images' captions
     reference_images: Positive = 2000
     sampler_steps: Positive = 30
     seed: Natural = 0
@@ -445,9 +581,11 @@ STAGES: dict[str, type[StageConfig]] = {
     for model in (
         IngestStage,
         FilterStage,
+        LatentsStage,
         PretrainStage,
         FinetuneStage,
         EvalStage,
+        EvalUnifiedStage,
         EvalPiiStage,
         AuditStage,
         ExportStage,
@@ -467,12 +605,40 @@ def identity_of(dump: Mapping[str, Any]) -> dict[str, Any]:
     return identity
 
 
+# Which models a key of `objective` is for.
+_OBJECTIVE_OF = {
+    **dict.fromkeys(("prediction", "timesteps", "label_dropout", "noise_draws"), ("dit", "unified")),
+    **dict.fromkeys(("patches_weight", "balancing", "balance_weight", "z_weight"), ("unified",)),
+    "kl_weight": ("vae",),
+}
+
+
+def check_model(stage: TrainStage, model: ModelConfig) -> None:
+    """Refuse a stage that lacks a section its model needs, or has another model's."""
+    unified = model.name == "unified"
+    if unified != (stage.documents is not None):
+        has = "is missing" if unified else "is given"
+        raise ValueError(f"documents {has}, and the model is {model.name}: it goes with unified, and only there")
+    for key, models in _OBJECTIVE_OF.items():
+        value = getattr(stage.objective, key)
+        if model.name not in models and value != Objective.model_fields[key].default:
+            raise ValueError(f"objective.{key} is {value}, which a model {model.name} does not have: leave it out")
+    if model.name == "vae" and stage.kind == FinetuneStage.kind:
+        raise ValueError(
+            "the model is a vae in a private stage: what makes latents and decodes them is trained on public data, so "
+            "set stage to pretrain"
+        )
+    if stage.parallel.expert_parallel > 1:
+        require_even(model.experts_a_layer if isinstance(model, UnifiedConfig) else 0, stage.parallel.expert_parallel)
+
+
 def check_batch(stage: TrainStage, world_size: int) -> None:
     """Refuse a non-private batch that does not fall evenly on `world_size` ranks and their microbatches.
 
-    A private stage passes: its batches are Poisson draws, whatever their size.
+    A private stage passes, for its batches are Poisson draws, whatever their size; and one of documents, for its rows
+    are shared out, and not its records.
     """
-    if stage.kind == "finetune_dp":
+    if stage.kind == "finetune_dp" or stage.documents is not None:
         return
     batch, micro = stage.train.batch_size, stage.train.microbatch_size
     share, rest = divmod(batch, world_size)

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Generic, NamedTuple, Self, TypeVar
 
 import fsspec
 import numpy as np
@@ -17,9 +17,11 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from train.images import ImageError, pixels
+from train.latent_shards import LatentHeader, read_header
 from train.shards import Record, ShardError, extent, find_shards, index_name, parse_entry, root_of, verified
 
 Indices = NDArray[np.int64]
+Loaded = TypeVar("Loaded")
 
 
 class ShardDataset:
@@ -29,16 +31,20 @@ class ShardDataset:
 
     root: binds every record's key, unit, image, class, caption and drawing, in order.
     labels: int64 [records], -1 where a record has no class.
+    caption_bytes: int64 [records], the length of each record's caption in UTF-8, -1 where it has none.
     units: the privacy units, sorted, each once; unit_of: int64 [records], each record's place in `units`.
+    latents: what the records of a split of latents have in common; None where they are images. As images of a record,
+        float32 [C, H, W], such a split gives its latents, of mean 0 and deviation 1 a channel over the public split.
     """
 
     def __init__(self, folder: str | Path, split: str) -> None:
         self.split = split
         self._fs, self._folder = fsspec.core.url_to_fs(str(folder))
+        self.latents = read_header(self._fs, self._folder)
         self._tars: list[str] = []
         self._lines: list[bytes] = []  # parsed again when read: millions of parsed entries would not fit in memory
         self._digests: list[str] = []
-        keys, units, labels, shards = list[str](), list[str](), list[int](), list[int]()
+        keys, units, labels, shards, captions = list[str](), list[str](), list[int](), list[int](), list[int]()
         for shard, (tar, size) in enumerate(find_shards(self._fs, self._folder, split)):
             self._tars.append(tar)
             index = index_name(tar)
@@ -51,6 +57,7 @@ class ShardDataset:
                 keys.append(entry["key"])
                 units.append(entry["unit"])
                 labels.append(-1 if entry["label"] is None else entry["label"])
+                captions.append(entry["members"].get("txt", (0, -1))[1])
                 shards.append(shard)
         key, times = Counter(keys).most_common(1)[0] if keys else ("", 0)
         if times != 1:
@@ -59,6 +66,7 @@ class ShardDataset:
         self._shards = np.array(shards, np.int32)
         self.root = root_of(self._digests)
         self.labels: Indices = np.array(labels, np.int64)
+        self.caption_bytes: Indices = np.array(captions, np.int64)
         self.units: list[str] = sorted(set(units))
         place = {unit: number for number, unit in enumerate(self.units)}
         self.unit_of: Indices = np.array([place[unit] for unit in units], np.int64)
@@ -83,13 +91,40 @@ class ShardDataset:
         labels = self.labels[chosen]
         if (bare := chosen[labels < 0]).size:
             raise ValueError(f"record {self.read(bare[0]).key} of split {self.split} has no class: ingest it with one")
-        images = np.empty((len(chosen), channels, image_size, image_size), np.uint8)
-        for place, record in enumerate(self._read(chosen.tolist())):
+        return self._images(self._read(chosen.tolist()), channels, image_size), torch.from_numpy(labels)
+
+    def captioned(self, indices: ArrayLike, channels: int, image_size: int) -> tuple[Tensor, list[str | None]]:
+        """Images as `batch` gives them, and captions, None where a record has none."""
+        records = self._read(np.asarray(indices, np.int64).reshape(-1).tolist())
+        return self._images(records, channels, image_size), [record.caption for record in records]
+
+    def _images(self, records: Sequence[Record], channels: int, image_size: int) -> Tensor:
+        if self.latents is not None:
+            return self._normalised(self.latents, records, channels, image_size)
+        images = np.empty((len(records), channels, image_size, image_size), np.uint8)
+        for place, record in enumerate(records):
             try:
                 images[place] = pixels(record.image, channels, image_size)
             except ImageError as error:
                 raise ShardError(f"record {record.key} of split {self.split}: {error.reason}: ingest it anew") from None
-        return torch.from_numpy(images).float().div_(127.5).sub_(1), torch.from_numpy(labels)
+        return torch.from_numpy(images).float().div_(127.5).sub_(1)
+
+    def _normalised(self, header: LatentHeader, records: Sequence[Record], channels: int, image_size: int) -> Tensor:
+        asked = (channels, image_size, image_size)
+        if asked != header.shape:
+            raise ValueError(
+                f"split {self.split} in {self._folder} holds latents of shape {header.shape}, not {asked}: "
+                f"set model.channels to {header.shape[0]} and model.image_size to {header.shape[1]}"
+            )
+        latents = np.empty((len(records), *asked), np.float32)
+        for place, record in enumerate(records):
+            try:
+                latents[place] = header.normalised(record.image)
+            except ShardError as error:
+                raise ShardError(
+                    f"record {record.key} of split {self.split}: {error}: run the latents stage anew"
+                ) from None
+        return torch.from_numpy(latents)
 
     def _read(self, indices: Sequence[int]) -> list[Record]:
         if not indices:
@@ -135,19 +170,17 @@ class Batch(NamedTuple):
     labels: Tensor
 
 
-class Prefetcher:
+class Prefetcher(Generic[Loaded]):
     """Loads step + 1 in one background thread while step computes.
 
-    `draw(step)` decides the records; it is called ahead of its step, so it must be a pure function. What fails in the
-    thread is raised by the `fetch` of that step.
+    `load(step)` is called ahead of its step, so it must be a pure function. What fails in the thread is raised by the
+    `fetch` of that step.
     """
 
-    def __init__(
-        self, dataset: ShardDataset, draw: Callable[[int], Indices], channels: int, image_size: int, num_steps: int
-    ) -> None:
-        self._dataset, self._draw, self._shape, self._num_steps = dataset, draw, (channels, image_size), num_steps
+    def __init__(self, load: Callable[[int], Loaded], num_steps: int) -> None:
+        self._load, self._num_steps = load, num_steps
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
-        self._ahead: tuple[int, Future[Batch]] | None = None
+        self._ahead: tuple[int, Future[Loaded]] | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -155,22 +188,18 @@ class Prefetcher:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def fetch(self, step: int) -> Batch:
-        """The step's batch; begins to load the one after, if there is one."""
+    def fetch(self, step: int) -> Loaded:
+        """What the step loads; begins to load the one after, if there is one."""
         if self._ahead is not None and self._ahead[0] == step:
             loading = self._ahead[1]
         else:
             loading = self._thread.submit(self._load, step)
         self._ahead = None
-        batch = loading.result()
+        loaded = loading.result()
         if step + 1 < self._num_steps:
             self._ahead = (step + 1, self._thread.submit(self._load, step + 1))
-        return batch
+        return loaded
 
     def close(self) -> None:
         """Wait for the thread to end; what it loaded is dropped."""
         self._thread.shutdown(wait=True, cancel_futures=True)
-
-    def _load(self, step: int) -> Batch:
-        indices = self._draw(step)
-        return Batch(indices, *self._dataset.batch(indices, *self._shape))

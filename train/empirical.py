@@ -25,37 +25,40 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from models.dit import DiT, DiTConfig
+from models.registry import ModelConfig, build_module
+from models.unified import TiedEmbedding
 from privacy.empirical import EngineCheck, audit_one_run, epsilon_lower_bound, fair_coins
 from privacy.ledger import Charge, Ledger
 from privacy.mechanism import Mechanism, OwnedShard
 from privacy.secrets import signing_seed
 from train.config import FinetuneStage
-from train.data import Batch
 from train.evaluation import one_thread
+from train.families import BATCHES
 from train.optim import ExponentialMovingAverage
 from train.parallel import World, join_world, shard_model
 from train.private import mechanism_terms, stage_clipper
 from train.run_folder import code_version
+from train.shards import Record
 from train.step import Batches, Microbatch, PrivateStep, Slots
 
 Indices = NDArray[np.int64]
 
 MOST_RECORDS = 100  # public records beside the canaries
+_BLANK = " "  # a canary's caption: a unified model has no document for a record without one
 OVERSHOOT = 100.0  # a canary's gradient norm before clipping, in clipping bounds
 
 
 def check_engine(
     stage: FinetuneStage,
-    config: DiTConfig,
+    config: ModelConfig,
     weights: Mapping[str, Tensor],
     records: Records,
     secret: bytes,
@@ -90,7 +93,7 @@ def check_engine(
 
         def attack(engine: type[Observed], before: int, text: str) -> Attack:
             ledger.write_bytes(planned)
-            model = DiT(config)
+            model = build_module(config)
             model.load_state_dict(weights, strict=True)
             return attack_engine(
                 engine, throwaway, model, split, ledger, secret, lambda done: progress(before + done, 2 * steps, text)
@@ -124,14 +127,18 @@ class Attack:
 class Records(Protocol):
     """What the check needs of a public split; a `ShardDataset` has it."""
 
+    @property
+    def caption_bytes(self) -> Indices: ...
     def __len__(self) -> int: ...
     def digest(self, index: int) -> str: ...
+    def read(self, index: int) -> Record: ...
     def batch(self, indices: Indices, channels: int, image_size: int) -> tuple[Tensor, Tensor]: ...
+    def captioned(self, indices: Indices, channels: int, image_size: int) -> tuple[Tensor, list[str | None]]: ...
 
 
 @dataclass(frozen=True)
 class CanarySplit:
-    """The throwaway run's units: the first public records, then the canaries, whose images are blank."""
+    """The throwaway run's units: the first public records, then the canaries, whose images and captions are blank."""
 
     records: Records
     num_records: int
@@ -144,12 +151,30 @@ class CanarySplit:
         public = index < self.num_records
         return self.records.digest(index) if public else f"canary {index - self.num_records}"
 
+    @property
+    def caption_bytes(self) -> Indices:
+        """As a `ShardDataset`'s."""
+        blank = np.full(self.num_canaries, len(_BLANK.encode()), np.int64)
+        return np.concatenate([self.records.caption_bytes[: self.num_records], blank])
+
+    def read(self, index: int) -> Record:
+        """A public record, or one that has nothing but a caption."""
+        return self.records.read(index) if index < self.num_records else Record("canary", "canary", b"", None, _BLANK)
+
     def batch(self, indices: Indices, channels: int, image_size: int) -> tuple[Tensor, Tensor]:
         """Of ascending indices."""
         images, labels = self.records.batch(indices[indices < self.num_records], channels, image_size)
         blank = len(indices) - len(images)
         images = torch.cat([images, images.new_zeros(blank, channels, image_size, image_size)])
         return images, torch.cat([labels, labels.new_zeros(blank)])
+
+    def captioned(self, indices: ArrayLike, channels: int, image_size: int) -> tuple[Tensor, list[str | None]]:
+        """Of ascending indices."""
+        chosen = np.asarray(indices, np.int64)
+        images, captions = self.records.captioned(chosen[chosen < self.num_records], channels, image_size)
+        blank = len(chosen) - len(images)
+        images = torch.cat([images, images.new_zeros(blank, channels, image_size, image_size)])
+        return images, [*captions, *[_BLANK] * blank]
 
 
 def throwaway_stage(
@@ -232,7 +257,7 @@ def open_mechanism(
 def attack_engine(
     engine: type[Observed],
     stage: FinetuneStage,
-    model: DiT,
+    model: nn.Module,
     split: CanarySplit,
     ledger_path: Path,
     secret: bytes,
@@ -247,15 +272,17 @@ def attack_engine(
         open_mechanism(engine, stage, split, ledger_path, secret) as mechanism,
     ):
         backend = shard_model(model, world, stage.parallel, stage.optim, microbatch_size=microbatch_size, bf16=False)
+        config: Any = model.config
+        # a CanarySplit has all that they ask of a ShardDataset
+        plain = BATCHES[config.name](stage, config, world, split)  # type: ignore[arg-type]
         with Canaries(model, split.num_canaries, OVERSHOOT * stage.privacy.max_grad_norm) as canaries:
             step_once = PrivateStep(
                 stage,
-                CanaryBatches(stage, model.config, world, canaries, split.num_records),
+                CanaryBatches(plain, canaries, split.num_records),
                 backend,
                 ExponentialMovingAverage(backend, stage.optim.ema_decay),
-                stage_clipper(stage, model.config, backend, None),
+                stage_clipper(stage, config, backend, None),
                 mechanism,
-                split,  # type: ignore[arg-type]  # all that a step asks of a ShardDataset
             )
             scores = np.zeros(split.num_canaries)
             for step in range(stage.train.steps):
@@ -296,7 +323,10 @@ class Canaries:
         self.layers = {
             name: layer
             for name, layer in model.named_modules()
-            if isinstance(layer, nn.Linear | nn.Embedding) and layer.weight.requires_grad
+            if isinstance(layer, nn.Linear | nn.Embedding)
+            and layer.weight.requires_grad
+            # which is used twice a forward, as no other layer is: what it gets of canaries is nothing
+            and not isinstance(layer, TiedEmbedding)
         }
         generator = torch.Generator().manual_seed(0)  # the attacker's choice, known to all
         self._probes: dict[str, Tensor] = {}
@@ -387,15 +417,20 @@ def _random_signs(rows: int, columns: int, generator: torch.Generator) -> Tensor
 
 
 class CanaryBatches(Batches):
-    """A step's records as microbatches, with the canaries among them made canaries."""
+    """A family's microbatches, with the canaries among the records made canaries."""
 
-    def __init__(
-        self, stage: FinetuneStage, model: DiTConfig, world: World, canaries: Canaries, num_records: int
-    ) -> None:
-        super().__init__(stage, model, world)
-        self._canaries, self._num_records = canaries, num_records
+    def __init__(self, plain: Batches, canaries: Canaries, num_records: int) -> None:
+        super().__init__(plain.stage, plain.config, plain.world, plain.dataset)
+        self._plain, self._canaries, self._num_records = plain, canaries, num_records
+        self.unit_flops = plain.unit_flops
 
-    def _microbatch(self, step: int, slots_BR: Slots, records: Batch, *, last: bool) -> Microbatch:
-        plain = super()._microbatch(step, slots_BR, records, last=last)
-        canary_B = torch.from_numpy(slots_BR[:, 0] - self._num_records).clamp(min=-1).to(self.world.device)
-        return replace(plain, losses=partial(self._canaries.losses, plain.losses, canary_B))
+    def require_fit(self) -> None:
+        self._plain.require_fit()
+
+    def load(self, step: int, slots: Slots) -> Any:
+        return self._plain.load(step, slots)
+
+    def of(self, loaded: Any) -> Iterator[Microbatch]:
+        for plain in self._plain.of(loaded):
+            canary_B = torch.from_numpy(plain.slots_BR[:, 0] - self._num_records).clamp(min=-1).to(self.world.device)
+            yield replace(plain, losses=partial(self._canaries.losses, plain.losses, canary_B))

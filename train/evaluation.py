@@ -12,7 +12,7 @@ they are raw figures of private data, outside the guarantee, and the caller must
 # B batch, N samples, M real images, D features
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -52,12 +52,8 @@ class Classifier:
 
     @property
     def sha256(self) -> str:
-        """Of the weights, in order of their names: what tells one judge from another."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self._network.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.numpy().tobytes())
-        return digest.hexdigest()
+        """What tells one judge from another."""
+        return weights_sha256(self._network)
 
     def features(self, images: Tensor) -> Array:
         """The last hidden layer, [N, D]."""
@@ -75,6 +71,15 @@ class Classifier:
         return torch.cat([network(batch) for batch in images.float().cpu().split(_BATCH)])
 
 
+def weights_sha256(network: nn.Module) -> str:
+    """Of the weights, in order of their names; hex."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
 @one_thread()
 def train_classifier(images: Tensor, labels: Tensor, seed: int, steps: int = 600) -> Classifier:
     """A small convolutional network for images [N, C, H, W] in [-1, 1] (H, W from 8 to 64) and int64 labels [N].
@@ -86,13 +91,13 @@ def train_classifier(images: Tensor, labels: Tensor, seed: int, steps: int = 600
         raise ValueError(f"{len(images)} images and {len(labels)} labels: a classifier needs as many of each, and some")
     generator = torch.Generator().manual_seed(seed)
     num_classes = int(labels.max()) + 1
-    network = _network(tuple(images.shape[1:]), num_classes, seed)
+    network = image_network(tuple(images.shape[1:]), num_classes, seed)
     optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=5e-3, total_steps=steps)
     network.train()
     for _ in range(steps):
         chosen = torch.randint(len(images), (128,), generator=generator)
-        logits = network(_augment(images[chosen].float(), generator))
+        logits = network(augment(images[chosen].float(), generator))
         optimizer.zero_grad()
         F.cross_entropy(logits, labels[chosen], label_smoothing=0.05).backward()
         optimizer.step()
@@ -100,7 +105,7 @@ def train_classifier(images: Tensor, labels: Tensor, seed: int, steps: int = 600
     return Classifier(network, tuple(images.shape[1:]))
 
 
-def _network(image_shape: tuple[int, ...], num_classes: int, seed: int) -> nn.Sequential:
+def image_network(image_shape: tuple[int, ...], num_outputs: int, seed: int) -> nn.Sequential:
     """Two convolutions for images under 16 pixels, three from there on, then a hidden layer of features."""
     channels, height, width = image_shape
     widths = (32, 64) if min(height, width) < 16 else (16, 32, 64)
@@ -111,11 +116,11 @@ def _network(image_shape: tuple[int, ...], num_classes: int, seed: int) -> nn.Se
             layers += [nn.Conv2d(before, after, 3, padding=1), nn.GroupNorm(8, after), nn.GELU(), nn.MaxPool2d(2)]
             height, width = height // 2, width // 2
         layers += [nn.Flatten(), nn.Linear(widths[-1] * height * width, _FEATURES), nn.GELU()]
-        layers += [nn.Linear(_FEATURES, num_classes)]
+        layers += [nn.Linear(_FEATURES, num_outputs)]
     return nn.Sequential(*layers)
 
 
-def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
+def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     """Shift each image by up to an eighth of its size, its edge repeated, and add a little noise."""
     batch, channels, height, width = images.shape
     reach_y, reach_x = height // 8, width // 8
@@ -296,10 +301,20 @@ def validation_loss(
 # --- a picture -----------------------------------------------------------------------------------------------------
 
 
-def image_grid(images: Tensor, columns: int, path: Path, title: str | None = None) -> Path:
+Note = tuple[str, str]  # a line of text and its colour
+
+
+def image_grid(
+    images: Tensor,
+    columns: int,
+    path: Path,
+    title: str | None = None,
+    notes: Sequence[Sequence[Note]] | None = None,
+) -> Path:
     """Write images [N, C, H, W] in [-1, 1] (grey or RGB) as one PNG, `columns` to a row: one class a row reads best.
 
-    Small images are enlarged by a whole factor, each pixel a square, so that 8x8 digits can be seen.
+    Small images are enlarged by a whole factor, each pixel a square, so that 8x8 digits can be seen. Under each image
+    stand its `notes`, where there are any, broken where they are wider than it.
     """
     import matplotlib
     from PIL import Image, ImageDraw, ImageFont
@@ -307,19 +322,45 @@ def image_grid(images: Tensor, columns: int, path: Path, title: str | None = Non
     num_images, channels, height, width = images.shape
     if channels not in (1, 3):
         raise ValueError(f"the images have {channels} channels: a grid shows grey (1) or RGB (3)")
-    scale, gap = max(1, 48 // max(height, width)), 4
-    cell_height, cell_width, rows = height * scale + gap, width * scale + gap, -(-num_images // columns)
-    pixels_NHWC = ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
+    scale, gap = max(1, (48 if notes is None else 120) // max(height, width)), 4 if notes is None else 12
     # matplotlib's font, for Pillow's own has no Greek
-    font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size=15)
+    fonts = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+    font, small = ImageFont.truetype(fonts, size=15), ImageFont.truetype(fonts, size=12)
+    lines = [
+        [(line, colour) for text, colour in of_image for line in _lines(text, small.getlength, width * scale)]
+        for of_image in notes or [()] * num_images
+    ]
+    beneath, rows = 15 * max(map(len, lines), default=0), -(-num_images // columns)
+    cell_height, cell_width = height * scale + beneath + gap, width * scale + gap
+    pixels_NHWC = ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
     banner = 0 if title is None else 28
     grid = Image.new("RGB", (columns * cell_width + gap, banner + rows * cell_height + gap), "white")
+    pen = ImageDraw.Draw(grid)
     if title is not None:
-        ImageDraw.Draw(grid).text((gap, 5), title, fill="black", font=font)
+        pen.text((gap, 5), title, fill="black", font=font)
     for index, pixels in enumerate(pixels_NHWC.expand(-1, -1, -1, 3).numpy()):
         row, column = divmod(index, columns)
-        tile = Image.fromarray(pixels).resize((width * scale, height * scale), Image.Resampling.NEAREST)
-        grid.paste(tile, (gap + column * cell_width, banner + gap + row * cell_height))
+        left, top = gap + column * cell_width, banner + gap + row * cell_height
+        grid.paste(
+            Image.fromarray(pixels).resize((width * scale, height * scale), Image.Resampling.NEAREST), (left, top)
+        )
+        if notes is not None:  # white images would have no edge
+            pen.rectangle((left - 1, top - 1, left + width * scale, top + height * scale), outline="#bbbbbb")
+        for number, (line, colour) in enumerate(lines[index]):
+            pen.text((left, top + height * scale + 3 + 15 * number), line, fill=colour, font=small)
     path.parent.mkdir(parents=True, exist_ok=True)
     grid.save(path)
     return path
+
+
+def _lines(text: str, length: Callable[[str], float], width: float) -> list[str]:
+    """The text broken into lines at white space, and within a word that is wider than a line by itself."""
+    lines = [""]
+    for word in text.split():
+        if lines[-1] and length(f"{lines[-1]} {word}") > width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".lstrip()
+        while len(lines[-1]) > 1 and length(lines[-1]) > width:
+            fits = next(n for n in range(len(lines[-1]) - 1, 0, -1) if n == 1 or length(lines[-1][:n]) <= width)
+            lines[-1:] = [lines[-1][:fits], lines[-1][fits:]]
+    return lines

@@ -277,7 +277,13 @@ def _submit(job: ExecutableJob, executor: Executor, logs: Path) -> str:
     assert executor.workers is not None  # checked by Executor
     last = _workers(job, executor.workers) - 1
     submitted = _run(
-        *("sbatch", "--parsable", "--job-name=sfumato-filter", f"--array=0-{last}", f"--output={logs}/%A_%a.txt"),
+        *(
+            "sbatch",
+            "--parsable",
+            f"--job-name=sfumato-{job.folder.name}",
+            f"--array=0-{last}",
+            f"--output={logs}/%A_%a.txt",
+        ),
         *("--open-mode=append", f"--chdir={ROOT}", *executor.slurm.arguments()),
         f"--wrap=exec {shlex.join(_command(job, executor))}",
     )

@@ -20,13 +20,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from blake3 import blake3
-from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
+from pydantic import BaseModel, ConfigDict, PrivateAttr
 
-from checkpointing.store import make_folder, write_durably
 from privacy.pii.duplicates import DuplicatesConfig, Signatures, find_duplicates, from_bytes, signatures, to_bytes
 from privacy.pii.filter import FilterResult
 from privacy.pii.manifests import OUTCOMES, SUFFIX, ManifestError, ShardManifest, read_manifest
@@ -35,7 +34,7 @@ from train.filter_tools import Filter, Filtered
 from train.sandbox import Died, Sandbox
 from train.shards import Record, ShardError, index_name, read_shard, root_of, write_shard
 from train.sources import Quarantine
-from train.tasks import LEASE, WORK, Task, aside, commit, leases, sweep
+from train.tasks import LEASE, WORK, Task, aside, commit, digest_of, file_digest, leases, open_job, require_open
 
 # Part of every task's id. Raise it where this code, or that of the filter, makes other shards of the same input, policy
 # and detectors: what a run that is not finished has made is then made anew.
@@ -89,6 +88,7 @@ class FilterJob(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
+    kind: Literal["filter"] = "filter"
     folder: Path
     shards: tuple[InputShard, ...]
     policy: Policy
@@ -105,16 +105,6 @@ class FilterJob(BaseModel):
     _damaged: dict[str, int] = PrivateAttr(default_factory=lambda: {})  # of the shard tasks that are done, by name
     _outcomes: dict[InputShard, Mapping[str, int]] = PrivateAttr(default_factory=dict)
 
-    @classmethod
-    def read(cls, path: Path) -> FilterJob:
-        """A job from its file; ValueError where it is none."""
-        try:
-            return cls.model_validate_json(path.read_bytes())
-        except FileNotFoundError:
-            raise ValueError(f"{path} is missing: the job is finished, or another run has taken its place") from None
-        except ValidationError:
-            raise ValueError(f"{path} is no job of the filter stage as it is now: start the stage again") from None
-
     @property
     def path(self) -> Path:
         """Where the job's file lies while it may be worked on; its name binds all that decides the shards."""
@@ -123,7 +113,7 @@ class FilterJob(BaseModel):
     @functools.cached_property
     def _decides(self) -> str:
         duplicates = None if self.duplicates is None else self.duplicates.model_dump()
-        return _digest_of([self._shard_id("job", shard) for shard in self.shards], duplicates)
+        return digest_of([self._shard_id("job", shard) for shard in self.shards], duplicates)
 
     @property
     def splits(self) -> list[str]:
@@ -132,12 +122,7 @@ class FilterJob(BaseModel):
 
     def begin(self) -> None:
         """Open the folder to workers of this job and of no other; a shard of which a byte has changed is undone."""
-        make_folder(self.path.parent)
-        sweep(self.folder)
-        for path in self.path.parent.glob("job-*.json"):
-            if path != self.path:
-                path.unlink()
-        write_durably(self.path, self.model_dump_json().encode())
+        open_job(self.path, self.model_dump_json().encode())
         for task in {*self._first_round(), *self._last_round()}:
             manifest = self._standing(task)
             if manifest is not None and not _whole(manifest, self._output(task)):
@@ -207,7 +192,7 @@ class FilterJob(BaseModel):
 
     def run(self, task: Task, beat: Callable[[int], None]) -> None:
         """Do a task to its commit. ValueError where the folder was given to another job meanwhile."""
-        self._require_open()
+        require_open(self.path)
         with aside(self.folder) as files:
             if isinstance(task, _SplitTask):
                 self._find_duplicates(task, files, beat)
@@ -215,7 +200,7 @@ class FilterJob(BaseModel):
                 assert isinstance(task, _ShardTask)
                 (self._leave_out if task.round else self._filter)(task, files, beat)
             beat(task.records)
-            self._require_open()
+            require_open(self.path)
             commit(files, self._output(task), ".json" if isinstance(task, _SplitTask) else SUFFIX)
 
     def look(self) -> tuple[int, int]:
@@ -244,10 +229,6 @@ class FilterJob(BaseModel):
             self._sandbox.close()
             self._sandbox = None
 
-    def _require_open(self) -> None:
-        if not self.path.exists():
-            raise ValueError(f"{self.path} is gone: the job is finished, or another run has taken its place")
-
     def _stop_if_damaged(self) -> None:
         """Each worker asks this of what all have committed, so whose shard it was that passed the limit hears of it."""
         seen = [task for task in self._tasks if task.round == self._tasks[0].round and task.name in self._damaged]
@@ -265,7 +246,7 @@ class FilterJob(BaseModel):
         tally, prints = _Tally(), list[Signatures]()
 
         def kept() -> Iterator[Record]:
-            for batch in _batches(task.shard.tar, 8 if self.policy.image_detectors else 64):
+            for batch in batches(task.shard.tar, 8 if self.policy.image_detectors else 64):
                 for key, record, (result, print_) in self._results(batch):
                     tally.add(key, result)
                     if result.reason is None and record is not None:
@@ -299,7 +280,7 @@ class FilterJob(BaseModel):
         found = find_duplicates(prints, self.duplicates, lambda done, of: beat(0))
         body = {"task": self._report_id(task.split), "dropped": dict(found.dropped), "report": dict(found.report)}
         report = files / self._report_path(task.split).name
-        report.write_text(json.dumps({**body, "digest": _digest_of(body)}) + "\n", encoding="ascii")
+        report.write_text(json.dumps({**body, "digest": digest_of(body)}) + "\n", encoding="ascii")
 
     def _leave_out(self, task: _ShardTask, files: Path, beat: Callable[[int], None]) -> None:
         found = self._report(task.shard.split)
@@ -337,8 +318,8 @@ class FilterJob(BaseModel):
             input=task.shard.digest,
             bytes=tar.stat().st_size if digests else 0,
             root=root_of(digests),
-            tar=_digest(tar) if digests else None,
-            index=_digest(index) if digests else None,
+            tar=file_digest(tar) if digests else None,
+            index=file_digest(index) if digests else None,
             detectors=self.detectors,
             policy_sha256=self.policy.digest(),
             pseudonym_key_id=self.pseudonym_key_id,
@@ -365,7 +346,7 @@ class FilterJob(BaseModel):
             try:
                 content = json.loads(self._report_path(split).read_bytes())
                 digest = content.pop("digest")
-                if digest != _digest_of(content) or content["task"] != self._report_id(split):
+                if digest != digest_of(content) or content["task"] != self._report_id(split):
                     return None
             except (OSError, ValueError, KeyError, TypeError, AttributeError):
                 return None
@@ -377,15 +358,15 @@ class FilterJob(BaseModel):
         if task.round == 0:
             return self._shard_id("filter" if self.duplicates is None else "map", task.shard)
         found = self._report(task.shard.split)
-        return None if found is None else _digest_of(self._shard_id("unique", task.shard), found.digest)
+        return None if found is None else digest_of(self._shard_id("unique", task.shard), found.digest)
 
     def _shard_id(self, step: str, shard: InputShard) -> str:
-        return _digest_of(step, shard.split, shard.name, shard.digest, self._settings)
+        return digest_of(step, shard.split, shard.name, shard.digest, self._settings)
 
     def _report_id(self, split: str) -> str:
         assert self.duplicates is not None
         ids = [self._shard_id("map", shard) for shard in self.shards if shard.split == split]
-        return _digest_of("duplicates", ids, self.duplicates.model_dump())
+        return digest_of("duplicates", ids, self.duplicates.model_dump())
 
     @functools.cached_property
     def _settings(self) -> tuple[Any, ...]:
@@ -425,7 +406,8 @@ def told(quarantine: Quarantine) -> str:
     return ", ".join(f"{reason} {count:,}" for reason, count in quarantine.reasons().items())
 
 
-def _batches(tar: Path, size: int) -> Iterator[list[tuple[str, Record | None]]]:
+def batches(tar: Path, size: int) -> Iterator[list[tuple[str, Record | None]]]:
+    """What `read_shard` gives, `size` at a time."""
     records = read_shard(tar)
     while batch := list(itertools.islice(records, size)):
         yield batch
@@ -446,18 +428,9 @@ def _whole(manifest: ShardManifest, place: Path) -> bool:
     """Whether the files beside a manifest are, to the byte, those that it names."""
     files = {".tar": manifest.tar, ".index.jsonl": manifest.index}
     try:
-        named = all(_digest(Path(f"{place}{suffix}")) == digest for suffix, digest in files.items() if digest)
+        named = all(file_digest(Path(f"{place}{suffix}")) == digest for suffix, digest in files.items() if digest)
         if (prints := Path(f"{place}.signatures")).exists():
             _read_signatures(prints)
     except (OSError, ValueError):
         return False
     return named
-
-
-def _digest(path: Path) -> str:
-    return f"blake3:{blake3(max_threads=1).update_mmap(path).hexdigest()}"
-
-
-def _digest_of(*parts: Any) -> str:
-    canonical = json.dumps(parts, sort_keys=True, separators=(",", ":"))
-    return f"blake3:{blake3(canonical.encode()).hexdigest()}"

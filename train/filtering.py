@@ -39,7 +39,7 @@ def plan_filter(
     """
     tools = open_tools(policy, key_file)
     check_tools(policy, tools)
-    shards = tuple(shard for split in splits for shard in _find(in_dir.absolute(), split))
+    shards = tuple(shard for split in splits for shard in input_shards(in_dir.absolute(), split))
     if tools.pseudonyms is not None:
         for path in sorted(folder.glob(f"[!.]*/*{SUFFIX}")) + sorted(folder.glob(f".staged/*/*{SUFFIX}")):
             if (key_id := _key_id(path)) is not None:
@@ -119,7 +119,8 @@ def _split(job: FilterJob, split: str, manifests: Sequence[ShardManifest]) -> di
     return {"records": counts["kept"], "bytes": size, "shards": len(tars), "root": root_of(digests), **counts}
 
 
-def _find(in_dir: Path, split: str) -> list[InputShard]:
+def input_shards(in_dir: Path, split: str) -> list[InputShard]:
+    """The shards of `in_dir/<split>`, numbered anew; reads the indexes, no record. ShardError where none has any."""
     found: list[InputShard] = []
     for number, (tar, _) in enumerate(find_shards(fsspec.filesystem("file"), str(in_dir / split), split)):
         path = Path(tar)

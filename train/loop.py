@@ -17,11 +17,12 @@ from checkpointing.failpoints import failpoint
 from checkpointing.sharded import Checkpoint, latest
 from checkpointing.store import open_place
 from kernels import dispatch
-from models.dit import DiT, DiTConfig
+from models.registry import ModelConfig, build_module
 from privacy.clipping import Clipper
 from privacy.mechanism import Mechanism
 from train.config import FinetuneStage, TrainStage
-from train.data import Indices, Prefetcher, ShardDataset, public_batch
+from train.data import Prefetcher, ShardDataset, public_batch
+from train.families import architecture, batches_of, read_config
 from train.hardware import find_hardware
 from train.health import Health
 from train.heartbeat import Heartbeat
@@ -37,6 +38,7 @@ from train.step import Batches, PrivateStep, PublicStep, StepReport
 from train.timeline import Timeline
 
 _TIMELINE_S = 2.0  # between two lines on steps done
+_FIGURES = ("loss", "text_loss", "patches_loss", "expert_load_cv", "images_per_s", "tflops", "mfu")  # of the last row
 
 
 class Preempted(Exception):
@@ -50,20 +52,6 @@ class Trained:
     checkpoint: Path
     metrics: dict[str, Any]
     ledger: dict[str, Any] | None
-
-
-def architecture(run: RunFolder, stage: TrainStage) -> DiTConfig:
-    """The model's configuration: the stage's own, or that of the stage it starts from."""
-    section, source = stage.model, stage.init_from
-    while section is None:
-        assert source is not None, "checked when the stage was loaded"
-        manifest = run.read_manifest(source)
-        if manifest is None:
-            raise ValueError(f"stage {stage.name} starts from {source}, which is not finished: run it first")
-        config = manifest["config"]
-        section, source = config["model"], config["init_from"]
-    values = section if isinstance(section, dict) else section.model_dump()
-    return DiTConfig(**{key: value for key, value in values.items() if key != "name"})
 
 
 def open_split(run: RunFolder, stage: TrainStage) -> ShardDataset:
@@ -122,12 +110,17 @@ class _Training:
         self.timeline.event("joined")
         dataset, config = open_split(run, stage), architecture(run, stage)
         self.shards_root = run.shards_root(stage.data_from)
-        _require_fit(dataset, config, world)
+        if world.size > len(dataset):
+            raise ValueError(
+                f"{world.size} ranks share split {dataset.split}, which holds {len(dataset)} records: "
+                "lower parallel.nproc, or the number of nodes"
+            )
+        batches = batches_of(stage, config, world, dataset)
         said = dispatch.choose(stage.parallel.kernels, world.device)
         if world.rank == 0:
             print(said, flush=True)
         self.backend = build_model(
-            lambda: DiT(config),
+            lambda: build_module(config),
             world,
             stage.parallel,
             stage.optim,
@@ -147,17 +140,16 @@ class _Training:
             self.mechanism = stack.enter_context(open_mechanism(stage, run, world, dataset, fencing_epoch, checkpoint))
         self.first = _fill(self.backend, average, stage, run, checkpoint)
         self.health = Health(stage, folder, world, checkpoint)
-        batches = Batches(stage, config, world)
         self.take_step: PublicStep | PrivateStep
         if isinstance(stage, FinetuneStage):
             assert self.mechanism is not None
             self.clipper = stage_clipper(stage, config, self.backend, checkpoint)
-            self.take_step = PrivateStep(stage, batches, self.backend, average, self.clipper, self.mechanism, dataset)
+            self.take_step = PrivateStep(stage, batches, self.backend, average, self.clipper, self.mechanism)
         else:
-            prefetcher = stack.enter_context(_prefetcher(stage, dataset, batches))
+            prefetcher = stack.enter_context(_prefetcher(stage, batches))
             self.take_step = PublicStep(stage, batches, self.backend, average, prefetcher, self.health)
         stack.enter_context(self.saves.open())
-        self.log = stack.enter_context(_Log(stage, folder, self.backend, self.first, self.mechanism, self.timeline))
+        self.log = stack.enter_context(_Log(stage, folder, batches, self.first, self.mechanism, self.timeline))
         resumed = {} if checkpoint is None else {"tier": checkpoint.where, "save": checkpoint.save.name}
         self.timeline.event("loaded", step=self.first, **resumed)
         if self.first == stage.train.steps and resumed.get("tier") != "disk":  # it died before the disk had its end
@@ -195,7 +187,7 @@ class _Training:
         return {
             "stage": self.stage.name,
             "config_sha256": self.stage.sha256(),
-            "model": self.backend.module.config.model_dump(),  # type: ignore[union-attr]
+            "model": self.backend.module.config.model_dump(mode="json"),  # type: ignore[union-attr]
             "num_updates": self.backend.num_updates,
             "ledger_head": None if self.mechanism is None else broadcast(self.mechanism.head),
             "shards_root": self.shards_root,
@@ -211,7 +203,7 @@ def _within(run: RunFolder, statement: dict[str, Any] | None) -> dict[str, Any] 
     return statement | {"path": str(Path(statement["path"]).relative_to(run.path))}
 
 
-def load_average(run: RunFolder, stage_name: str) -> tuple[DiTConfig, dict[str, torch.Tensor], Path]:
+def load_average(run: RunFolder, stage_name: str) -> tuple[ModelConfig, dict[str, torch.Tensor], Path]:
     """A finished training stage's architecture, its EMA weights (fp32, CPU), and the checkpoint they come from."""
     checkpoint = _finished_checkpoint(run, stage_name, None)
     weights = {
@@ -219,7 +211,7 @@ def load_average(run: RunFolder, stage_name: str) -> tuple[DiTConfig, dict[str, 
         for (kind, name), shape in checkpoint.tensors().items()
         if kind == "ema"
     }
-    return DiTConfig(**checkpoint.state["model"]), weights, checkpoint.folder
+    return read_config(checkpoint.state["model"]), weights, checkpoint.folder
 
 
 def _finished_checkpoint(run: RunFolder, stage_name: str, world: World | None) -> Checkpoint:
@@ -250,21 +242,20 @@ class _Log:
         self,
         stage: TrainStage,
         folder: Path,
-        backend: Backend,
+        batches: Batches,
         first: int,
         mechanism: Mechanism | None,
         timeline: Timeline,
     ) -> None:
-        world, model = backend.world, backend.module
+        world = batches.world
         self.stage, self.folder, self.mechanism, self.last = stage, folder, mechanism, stage.train.steps
+        self.batches, self.private = batches, isinstance(stage, FinetuneStage)
+        self.operator = isinstance(stage, FinetuneStage) and stage.privacy.operator_metrics
         self.progress, self.timeline = Progress(folder), timeline
         self.told, self.told_at = first, time.monotonic()  # up to which step, and when, the timeline was told
         hardware = find_hardware(stage.parallel.hardware, _device_name(world))
         peak = getattr(hardware.peak_flops, stage.train.precision) if hardware else None
-        self.throughput = Throughput(
-            model.forward_flops(),  # type: ignore[operator]
-            peak * world.size if peak else None,
-        )
+        self.throughput = Throughput(peak * world.size if peak else None)
         self.metrics = (
             MetricsLogger(
                 folder,
@@ -272,11 +263,13 @@ class _Log:
                 stage.model_dump(mode="json"),
                 wandb_mode=stage.log.wandb,
                 resume_step=first,
-                operator=isinstance(stage, FinetuneStage) and stage.privacy.operator_metrics,
+                operator=self.operator,
             )
             if world.rank == 0
             else None
         )
+        if self.operator and self.metrics is not None and (facts := batches.facts()):
+            self.metrics.log_operator_only(first, **facts)
 
     def __enter__(self) -> _Log:
         return self
@@ -293,14 +286,20 @@ class _Log:
 
     def step(self, step: int, values: StepReport) -> None:
         """Tell of a step that is done."""
+        done = step + 1
+        due = done % self.stage.log.every == 0 or done == self.last
+        # raw figures, which all ranks make together; of private data they are made for the operator alone
+        figures = self.batches.figures() if due and (self.operator or not self.private) else {}
         if self.metrics is None:
             return
-        self.throughput.count(values.images)
-        done = step + 1
+        self.throughput.count(values.images, values.flops)
         text = f"loss {values.loss:.3f}"
-        if done % self.stage.log.every == 0 or done == self.last:
+        if due:
             epsilon = {} if self.mechanism is None else {"epsilon": self.mechanism.spent()}
-            self.metrics.log(step, loss=values.loss, **epsilon, **self.throughput.read())
+            public = {} if self.private else figures
+            self.metrics.log(step, loss=values.loss, **public, **epsilon, **self.throughput.read())
+            if self.private and figures:
+                self.metrics.log_operator_only(step, **figures)
             text += "".join(f"  epsilon {value:.3f}" for value in epsilon.values())
         self.progress(done, self.last, text)
         self.tell(done)
@@ -318,7 +317,10 @@ class _Log:
             return {}
         plot_curves(self.folder)
         *_, last = (row for row in read_metrics(self.folder) if "loss" in row)
-        figures = {key: last[key] for key in ("loss", "images_per_s", "tflops", "mfu")}
+        figures = {key: last[key] for key in _FIGURES if key in last}
+        if not self.private:
+            self.batches.draw(self.folder)
+            figures |= self.batches.facts()
         return {"steps": self.last, **figures}
 
 
@@ -332,17 +334,6 @@ def _stop_on_signal() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _require_fit(dataset: ShardDataset, config: DiTConfig, world: World) -> None:
-    if world.size > len(dataset):
-        raise ValueError(
-            f"{world.size} ranks share split {dataset.split}, which holds {len(dataset)} records: "
-            "lower parallel.nproc, or the number of nodes"
-        )
-    beyond = int(dataset.labels.max(initial=-1))
-    if beyond >= config.num_classes:
-        raise ValueError(f"split {dataset.split} holds class {beyond}, but model.num_classes is {config.num_classes}")
 
 
 def _require_same_origin(checkpoint: Checkpoint, stage: TrainStage, shards_root: str | None) -> None:
@@ -360,11 +351,12 @@ def _require_same_origin(checkpoint: Checkpoint, stage: TrainStage, shards_root:
         )
 
 
-def _prefetcher(stage: TrainStage, dataset: ShardDataset, batches: Batches) -> Prefetcher:
-    def draw(step: int) -> Indices:
-        return batches.share(public_batch(stage.train.seed, step, stage.train.batch_size, len(dataset)))
+def _prefetcher(stage: TrainStage, batches: Batches) -> Prefetcher[Any]:
+    def load(step: int) -> Any:
+        records = public_batch(stage.train.seed, step, stage.train.batch_size, len(batches.dataset))
+        return batches.load(step, records[:, None])
 
-    return Prefetcher(dataset, draw, batches.model.channels, batches.model.image_size, stage.train.steps)
+    return Prefetcher(load, stage.train.steps)
 
 
 def _device_name(world: World) -> str | None:

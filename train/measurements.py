@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import importlib.metadata
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -28,6 +29,27 @@ class Row(TypedDict):
     target: NotRequired[float | str | None]
     ok: NotRequired[bool | None]
     interval: NotRequired[tuple[float, float]]
+
+
+def judged(prefix: str, rows: Sequence[Row], at_least: Mapping[str, float], at_most: Mapping[str, float]) -> list[Row]:
+    """The rows as `prefix.name`, those with a threshold first, in the order of the thresholds, each with its verdict.
+
+    Raises ValueError where a threshold names what is no row, so that no typing error lets anything pass.
+    """
+    measured = {row["name"]: row for row in rows}
+    found: list[Row] = []
+    for key, thresholds in (("at_least", at_least), ("at_most", at_most)):
+        for name, bound in thresholds.items():
+            if name not in measured:
+                near = difflib.get_close_matches(name, measured, n=1)
+                meant = f" (did you mean {near[0]}?)" if near else ""
+                raise ValueError(f"{key} names {name!r}, which was not measured{meant}: take it out, or measure it")
+            value = measured[name]["value"]
+            assert not isinstance(value, str), name
+            met = None if value is None else value >= bound if key == "at_least" else value <= bound
+            found.append({**measured[name], "target": bound, "ok": met})
+    found += [row for row in rows if row["name"] not in {*at_least, *at_most}]
+    return [{**row, "name": f"{prefix}.{row['name']}"} for row in found]
 
 
 def measurement(rows: Sequence[Row]) -> dict[str, Any]:

@@ -6,6 +6,8 @@ guarantee, stay in this file, and go neither to Weights & Biases nor into a pict
 
     loss              mean squared error an element, of the batch (in a private stage: released with noise)
     epsilon           spent so far, at the ledger's delta
+    text_loss, patches_loss     of a unified model: nats a text token, squared error an element of a noised patch
+    expert_load_cv    coefficient of variation of the experts' load, a mean over layers
     images_per_s      over all ranks;  tflops: model TFLOP/s over all ranks;  mfu: share of the peak, null where unknown
 """
 
@@ -14,7 +16,7 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, SupportsFloat
@@ -161,30 +163,28 @@ def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
 class Throughput:
     """Images and model FLOPs a second since the last reading.
 
-    `forward_flops` is one image's forward pass (`model.forward_flops()`). A training step is counted as three of
-    them (the backward costs two), by convention: recomputation, further passes for clipping and noise are overhead,
-    and lower the utilisation rather than raise the FLOPs (Chowdhery et al. 2022, appendix B).
+    A training step is counted as three forwards (the backward costs two), by convention: recomputation, further passes
+    for clipping and noise are overhead, and lower the utilisation rather than raise the FLOPs (Chowdhery et al. 2022,
+    appendix B).
     `peak_flops` is what all devices together could do in the data type used, or None where the hardware has no entry.
     """
 
-    def __init__(
-        self, forward_flops: float, peak_flops: float | None, clock: Callable[[], float] = time.perf_counter
-    ) -> None:
-        self.training_flops = 3 * forward_flops
+    def __init__(self, peak_flops: float | None, clock: Callable[[], float] = time.perf_counter) -> None:
         self.peak_flops = peak_flops
         self._clock = clock
-        self._since, self._images = clock(), 0
+        self._since, self._images, self._forward_flops = clock(), 0, 0.0
 
-    def count(self, images: int) -> None:
-        """Add a step's images, of all ranks together."""
+    def count(self, images: int, forward_flops: float) -> None:
+        """Add a step's images and the FLOPs of their forward, of all ranks together."""
         self._images += images
+        self._forward_flops += forward_flops
 
     def read(self) -> dict[str, float | None]:
         """`images_per_s`, `tflops` and `mfu` (None where the peak is unknown) since the last reading."""
         now = self._clock()
-        images_per_s = self._images / max(now - self._since, 1e-9)
-        self._since, self._images = now, 0
-        flops = images_per_s * self.training_flops
+        seconds = max(now - self._since, 1e-9)
+        images_per_s, flops = self._images / seconds, 3 * self._forward_flops / seconds
+        self._since, self._images, self._forward_flops = now, 0, 0.0
         mfu = None if self.peak_flops is None else flops / self.peak_flops
         return {"images_per_s": images_per_s, "tflops": flops / 1e12, "mfu": mfu}
 
@@ -232,6 +232,33 @@ def plot_curves(folder: Path) -> Path | None:
         if name != "loss":
             axes.set_ylim(bottom=0)
     path = folder / "curves.png"
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def plot_expert_load(folder: Path, load_LE: Sequence[Sequence[float]]) -> Path:
+    """Draw each layer's choices by expert, as shares of an even load, and how the load's variation went."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.2, 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(f"{folder.name}: expert load", x=0.01, ha="left", fontweight="bold")
+    left, right = figure.subplots(1, 2)
+    shares = [[len(layer) * choices / max(1.0, sum(layer)) for choices in layer] for layer in load_LE]
+    image = left.imshow(shares, cmap="viridis", vmin=0, vmax=2, aspect="auto")
+    figure.colorbar(image, ax=left)
+    left.set_title("Share of an even load, at the end", loc="left", fontsize=10)
+    left.set_xlabel("expert")
+    left.set_ylabel("layer")
+    points = [(row["step"], row["expert_load_cv"]) for row in read_metrics(folder) if "expert_load_cv" in row]
+    if points:
+        steps, values = zip(*points, strict=True)
+        _draw_curve(right, steps, values, "#1f6f8b", smooth=False)
+    right.set_title("Coefficient of variation, mean over layers", loc="left", fontsize=10)
+    right.set_xlabel("step")
+    right.set_ylim(bottom=0)
+    path = folder / "expert_load.png"
     figure.savefig(path, dpi=150)
     return path
 

@@ -25,6 +25,7 @@ from kernels.dispatch import use_triton
 from kernels.noisy_adamw import add_noise_
 from privacy.mechanism import Release
 from train.config import Optim, Parallel
+from train.expert_parallel import ExpertParallel, spread_experts, spread_layers
 from train.optim import ExponentialMovingAverage, step_in_one_pass
 
 
@@ -124,10 +125,18 @@ class Backend:
     loss_scale = 1.0  # what `backward` multiplies gradients by, and a later division undoes
     steps_by_itself = False  # the engine calls AdamW, on tensors of its own
 
-    def __init__(self, module: nn.Module, world: World, optim: Optim, max_grad_norm: float | None) -> None:
-        self.module, self.world, self.max_grad_norm = module, world, max_grad_norm
+    def __init__(
+        self,
+        module: nn.Module,
+        world: World,
+        optim: Optim,
+        max_grad_norm: float | None,
+        experts: ExpertParallel | None = None,
+    ) -> None:
+        self.module, self.world, self.max_grad_norm, self.experts = module, world, max_grad_norm, experts
         self.names = {parameter: name for name, parameter in module.named_parameters() if parameter.requires_grad}
         self.shapes = {name: _whole_shape(parameter) for parameter, name in self.names.items()}
+        self.shapes |= {} if experts is None else experts.shapes
         self.num_updates = 0  # that AdamW has made, those before a resume among them
         self.before_update: Callable[[], None] | None = None  # called before anything of the state changes
         self.before_backward: Callable[[], None] | None = None  # called before ranks wait for each other's gradients
@@ -146,7 +155,11 @@ class Backend:
 
     def _list_shards(self) -> Iterator[Shard]:
         for parameter, name in self.names.items():
-            yield Shard(name, tuple(parameter.shape), 0, parameter.numel(), parameter, 0)
+            yield Shard(name, self.shapes[name], self._offset(name), parameter.numel(), parameter, 0)
+
+    def _offset(self, name: str) -> int:
+        """Where what this rank's model has of a parameter begins in the whole."""
+        return 0 if self.experts is None else self.experts.offset(name)
 
     @property
     def norm_model(self) -> nn.Module:
@@ -167,8 +180,20 @@ class Backend:
         loss.backward()
 
     def _clip(self) -> None:
-        if self.max_grad_norm is not None:
+        if self.max_grad_norm is None:
+            return
+        if self.experts is None:
             nn.utils.clip_grad_norm_(self.module.parameters(), self.max_grad_norm)
+            return
+        # the same, of gradients that not all ranks share: each element counts on the rank that stores it, once
+        gradients, squares = list[Tensor](), torch.zeros((), device=self.world.device)
+        for shard in self.shards:
+            assert shard.holder.grad is not None, f"{shard.name} has no gradient"
+            gradients.append(shard.of(shard.holder.grad))
+            start, stop = self.stored_range(shard)
+            squares += gradients[-1][start:stop].square().sum()
+        norm = self.world.sum(squares).sqrt()
+        torch._foreach_mul_(gradients, (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
 
     def _step(self) -> None:
         self._clip()
@@ -288,16 +313,25 @@ class DistributedDataParallel(Backend):
     """Every rank holds the whole model; gradients are summed by all-reduce."""
 
     def _wrap(self, make_optimizer: Callable[[Any], torch.optim.AdamW]) -> None:
+        if self.experts is not None:  # whose gradients are not all ranks' to sum
+            ignore = nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+            ignore(self.module, list(self.experts.shapes))
         # The weights are the same on every rank already, or are filled in later: there is nothing to broadcast.
         self.model = nn.parallel.DistributedDataParallel(self.module, init_sync=False)
         self.model.register_comm_hook(None, _sum_gradients)
         self.optimizer = make_optimizer(self.module.parameters())
 
-    def microbatch(self, *, last: bool) -> AbstractContextManager[None]:
-        return nullcontext() if last else self.model.no_sync()
+    @contextmanager
+    def microbatch(self, *, last: bool) -> Iterator[None]:
+        with nullcontext() if last else self.model.no_sync():
+            yield
+        if last and self.experts is not None:
+            self.experts.sum_over_replicas(self.module)
 
     def stored_range(self, shard: Shard) -> tuple[int, int]:
         rank, size = self.world.rank, self.world.size
+        if self.experts is not None and shard.name in self.experts.shapes:
+            rank, size = self.experts.replicas.get_local_rank(), self.experts.replicas.size()
         return shard.numel * rank // size, shard.numel * (rank + 1) // size
 
 
@@ -317,6 +351,9 @@ class FullySharded(Backend):
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if self.bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
+        if self.experts is not None:
+            for layer in spread_layers(self.module).values():
+                fully_shard(layer, mesh=self.experts.replicas, mp_policy=policy)
         for block in self.module.blocks:  # type: ignore[union-attr]
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(self.module, mesh=mesh, mp_policy=policy)
@@ -332,11 +369,11 @@ class FullySharded(Backend):
     def _list_shards(self) -> Iterator[Shard]:
         for parameter, name in self.names.items():
             assert isinstance(parameter, DTensor)
-            shape, numel = tuple(parameter.shape), parameter.to_local().numel()
-            rows_a_rank = -(-shape[0] // self.world.size)  # torch.chunk: equal chunks, the last ones short or empty
-            row_numel = parameter.numel() // shape[0]
-            offset = min(self.world.rank * rows_a_rank, shape[0]) * row_numel
-            yield Shard(name, shape, offset, numel, parameter, 0)
+            mesh, num_rows = parameter.device_mesh, parameter.shape[0]
+            rows_a_rank = -(-num_rows // mesh.size())  # torch.chunk: equal chunks, the last ones short or empty
+            row_numel = parameter.numel() // num_rows
+            offset = self._offset(name) + min(mesh.get_local_rank() * rows_a_rank, num_rows) * row_numel
+            yield Shard(name, self.shapes[name], offset, parameter.to_local().numel(), parameter, 0)
 
     @contextmanager
     def microbatch(self, *, last: bool) -> Iterator[None]:
@@ -468,6 +505,9 @@ def shard_model(
     max_grad_norm: float | None = None,
 ) -> Backend:
     """Put `module` (fp32, the same on every rank) under the backend that `parallel` names, with its AdamW."""
+    experts = None
+    if parallel.expert_parallel > 1:
+        experts = spread_experts(module, world.device.type, parallel.expert_parallel)
     if not _on_meta(module):
         module.to(world.device)
     elif parallel.backend != "fsdp2":  # which cuts the model up before there is any memory to it
@@ -477,7 +517,7 @@ def shard_model(
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         if parallel.compile:
             block.compile()
-    arguments = (module, world, optim, max_grad_norm)
+    arguments = (module, world, optim, max_grad_norm, experts)
     if parallel.backend == "single":
         if world.size != 1:
             raise ValueError(f"parallel.backend is single, but {world.size} processes were started: choose ddp")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,6 @@ from privacy.pii.detectors import open_detectors
 from privacy.pii.filter import Tools, check_tools
 from privacy.pii.measuring import (
     Figures,
-    Share,
     measure_captions,
     measure_false_alarms,
     measure_images,
@@ -20,7 +18,7 @@ from privacy.pii.measuring import (
 from privacy.pii.pixels import apply_boxes, decode
 from privacy.pii.planting import ENTITIES, LOCALES
 from privacy.pii.policy import Policy
-from train.measurements import Row
+from train.measurements import Row, judged
 
 Progress = Callable[[str], None]
 
@@ -66,26 +64,11 @@ def judge(prefix: str, figures: Figures, at_least: Mapping[str, float], at_most:
 
     Raises ValueError where a threshold names what was not measured, so that no typing error lets anything pass.
     """
-    thresholds = [*((name, bound, True) for name, bound in at_least.items())]
-    thresholds += [(name, bound, False) for name, bound in at_most.items()]
-    rows: list[Row] = []
-    for name, bound, least in thresholds:
-        if name not in figures:
-            near = difflib.get_close_matches(name, figures, n=1)
-            raise ValueError(
-                f"{'at_least' if least else 'at_most'} names {name!r}, which was not measured"
-                f"{f' (did you mean {near[0]}?)' if near else ''}: take it out, or measure it (captions, pictures, "
-                "policy.detectors)"
-            )
-        rate = figures[name].rate
-        rows.append(_row(prefix, name, figures[name], bound, rate >= bound if least else rate <= bound))
-    told = {*at_least, *at_most}
-    return rows + [_row(prefix, name, share) for name, share in sorted(figures.items()) if name not in told]
-
-
-def _row(prefix: str, name: str, share: Share, target: float | None = None, ok: bool | None = None) -> Row:
-    return Row(name=f"{prefix}.{name}", value=share.rate, unit=f"of {share.of:,}", target=target, ok=ok,
-               interval=share.interval)  # fmt: skip
+    rows = [
+        Row(name=name, value=share.rate, unit=f"of {share.of:,}", interval=share.interval)
+        for name, share in sorted(figures.items())
+    ]
+    return judged(prefix, rows, at_least, at_most)
 
 
 def missed(rows: Sequence[Row]) -> list[str]:

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from models.dit import DiTConfig
-from train.config import DiTModel, FinetuneStage, IngestStage, Parallel, StageConfig, TrainStage, check_batch
+from models.registry import ModelConfig
+from train.config import FinetuneStage, IngestStage, StageConfig, TrainStage, check_batch
 from train.hardware import Hardware, find_hardware, known_hardware
 from train.launchers import Placement, stage_command, worker_arguments
 from train.recipe import ConfigError, Recipe, model_of
@@ -110,9 +110,9 @@ def _plan_stage(recipe: Recipe, stage: StageConfig, run_dir: Path, placement: Pl
 
 
 def plan_memory(
-    stage: TrainStage, model: DiTModel, num_parameters: int, largest_block: int, world_size: int
+    stage: TrainStage, model: ModelConfig, num_parameters: int, largest_block: int, world_size: int
 ) -> MemoryPlan:
-    """Bytes on one device of a DiT's training, an estimate.
+    """Bytes on one device of a model's training, an estimate.
 
     P parameters, W ranks, all states fp32: weights 4P, gradients 4P, AdamW's two moments 8P, EMA 4P, where
       single   holds all of them
@@ -121,9 +121,7 @@ def plan_memory(
       zero1    shards moments, EMA and its fp32 master copy (4P/W more)
       zero2    shards the gradients too
       zero3    shards the weights too, and holds two gathered blocks
-    Activations of a block, N tokens of width D and MLP ratio r, a record and noise draw: N D (13 + 2 r) elements kept
-    for the backward: norms' inputs and outputs 4, linears' inputs 2 + r, q k v 3, attention's output twice, gates' 2,
-    GELU's input r. With activation checkpointing N D for each block's input, and one block in full.
+    Activations: what the model's configuration says of a token, times the tokens of a microbatch.
     """
     full = FP32 * num_parameters
     shard = math.ceil(full / world_size)
@@ -135,7 +133,7 @@ def plan_memory(
     buckets = full if backend == "ddp" else 0
     state = shard if states_sharded else full
     element = 2 if stage.train.precision == "bf16" else FP32
-    rows = stage.train.microbatch_size * stage.objective.noise_draws
+    kept = model.kept_elements(checkpointed=stage.parallel.activation_checkpointing)
     gathered = 2 * largest_block * element if backend in ("fsdp2", "zero3") else 0
     return MemoryPlan(
         parameters=weights + masters,
@@ -143,21 +141,17 @@ def plan_memory(
         optimizer=2 * state,
         ema=state,
         gathered=gathered,
-        activations=activation_bytes(model, rows, element, stage.parallel),
+        activations=tokens_at_once(stage, model) * kept * element,
     )
 
 
-def activation_bytes(model: DiTModel, rows: int, element: int, parallel: Parallel) -> int:
-    """Bytes kept for the backward of one microbatch; the formula is in `plan_memory`."""
-    tokens = model.num_tokens * model.width
-    block = tokens * (13 + 2 * model.mlp_ratio)
-    kept = model.depth * tokens + block if parallel.activation_checkpointing else model.depth * block
-    return rows * kept * element
-
-
-def kept_gradient_bytes(model: DiTConfig, rows: int, element: int) -> int:
-    """Bytes that kept_gradients adds for one microbatch: N D (5 + r) a block, the outputs of its linear layers."""
-    return rows * element * model.depth * model.num_tokens * model.width * (5 + model.mlp_ratio)
+def tokens_at_once(stage: TrainStage, model: ModelConfig) -> int:
+    """The most tokens that a rank puts through one forward."""
+    rows = stage.train.microbatch_size * stage.objective.noise_draws
+    if stage.documents is not None:
+        return rows * stage.documents.row_tokens
+    records = stage.privacy.max_records_per_user if isinstance(stage, FinetuneStage) else None
+    return rows * (records or 1) * model.num_tokens
 
 
 def plan_privacy(stage: FinetuneStage, num_units: int, ledger: Path) -> PrivacyPlan | None:
@@ -213,15 +207,15 @@ def _indexes(stage: TrainStage, run_dir: Path) -> list[Path]:
     return sorted((run_dir / stage.data_from / stage.split).glob("*.index.jsonl"))
 
 
-def _count_parameters(model: DiTModel) -> tuple[int, int]:
+def _count_parameters(model: ModelConfig) -> tuple[int, int]:
     """Parameters of the largest block, and of all."""
     import torch
 
-    from models.registry import MODELS
+    from models.registry import build_module
 
     with torch.device("meta"):
-        built = MODELS[model.name](model)
-    blocks = [sum(parameter.numel() for parameter in block.parameters()) for block in built.blocks]
+        built = build_module(model)
+    blocks = [sum(parameter.numel() for parameter in block.parameters()) for block in built.blocks]  # type: ignore[union-attr]
     return max(blocks), sum(parameter.numel() for parameter in built.parameters())
 
 

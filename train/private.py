@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from checkpointing.sharded import Checkpoint
-from models.dit import DiTConfig
+from models.registry import ModelConfig
 from privacy.accounting import delta_warning
 from privacy.clipping import Clipper, GroupWiseClipper, make_clipper
 from privacy.ledger import Ledger, LedgerError, read_ledger
@@ -20,7 +20,7 @@ from privacy.secrets import load_master_secret, signing_seed
 from train.config import OPERATIONAL, FinetuneStage
 from train.data import ShardDataset
 from train.parallel import Backend, World
-from train.plan import kept_gradient_bytes
+from train.plan import tokens_at_once
 from train.run_folder import RunFolder, code_version
 
 
@@ -110,7 +110,7 @@ def _require_ledger_of(checkpoint: Checkpoint, path: Path) -> None:
         )
 
 
-def stage_clipper(stage: FinetuneStage, model: DiTConfig, backend: Backend, resumed: Checkpoint | None) -> Clipper:
+def stage_clipper(stage: FinetuneStage, model: ModelConfig, backend: Backend, resumed: Checkpoint | None) -> Clipper:
     """The clipping engine that the stage names, or that fits it; said on rank 0."""
     privacy, engine, why = stage.privacy, stage.privacy.clipping, "as configured"
     if engine == "auto":
@@ -134,14 +134,14 @@ def clipping_state(clipper: Clipper | None) -> dict[str, Any]:
     return {"group_bounds": clipper.bounds} if isinstance(clipper, GroupWiseClipper) else {}
 
 
-def _fitting_engine(stage: FinetuneStage, model: DiTConfig, backend: Backend) -> tuple[Any, str]:
+def _fitting_engine(stage: FinetuneStage, model: ModelConfig, backend: Backend) -> tuple[Any, str]:
     """The faster of the two flat engines that fits, and why: they give the same sum."""
     if not backend.forward_once:
         return "two_pass", f"auto: {stage.parallel.backend} cannot run two backwards over one forward"
     if stage.parallel.activation_checkpointing:
         return "two_pass", "auto: kept gradients would undo activation checkpointing"
-    rows = stage.train.microbatch_size * stage.objective.noise_draws * (stage.privacy.max_records_per_user or 1)
-    needed = kept_gradient_bytes(model, rows, 2 if stage.train.precision == "bf16" else 4)
+    element = 2 if stage.train.precision == "bf16" else 4
+    needed = tokens_at_once(stage, model) * model.linear_outputs * element
     # Every rank must decide alike: what rank 0 has free, were all ranks of this machine to share it.
     free = backend.world.broadcast(_free_memory(backend.world.device) // _ranks_here(backend.world.device))
     fits = 2 * needed <= free

@@ -19,14 +19,15 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from train.config import STAGES, StageConfig, TrainStage
+from train.config import STAGES, FilterStage, LatentsStage, StageConfig, TrainStage, check_model
 
 FILE_NAME = re.compile(r"^\d+_(?P<name>[a-z][a-z0-9_]*)\.yaml$")
 
 SectionType = TypeVar("SectionType", bound=BaseModel)
 
-# What a stage may read from: init_from needs weights, data_from needs shards.
-SOURCES = {"init_from": ("pretrain", "finetune_dp"), "data_from": ("ingest", "filter")}
+# What a stage may read from: init_from needs weights, data_from needs shards; what makes shards, those of images.
+SOURCES = {"init_from": ("pretrain", "finetune_dp"), "data_from": ("ingest", "filter", "latents")}
+IMAGE_SOURCES = ("ingest", "filter")
 
 
 class ConfigError(ValueError):
@@ -301,10 +302,14 @@ def _check_references(recipe: Recipe) -> None:
     for stage in recipe.stages:
         path = recipe.paths[stage.name]
         for key, kinds in SOURCES.items():
+            images = key == "data_from" and isinstance(stage, FilterStage | LatentsStage)
+            made_by = IMAGE_SOURCES if images else kinds
             value = getattr(stage, key, None)
             for name in [value] if isinstance(value, str) else list(value or ()):
-                usable = [other.name for other in earlier.values() if other.kind in kinds]
+                usable = [other.name for other in earlier.values() if other.kind in made_by]
                 if name in usable:
+                    if key == "init_from":
+                        _check_model(recipe, stage, name)
                     continue
                 why = f"is of kind {earlier[name].kind}" if name in earlier else "is no earlier stage of the recipe"
                 raise ConfigError(
@@ -312,6 +317,24 @@ def _check_references(recipe: Recipe) -> None:
                     f"it can be {' or '.join(usable) or 'nothing here, for no earlier stage gives what it needs'}"
                 )
         earlier[stage.name] = stage
+
+
+def _check_model(recipe: Recipe, stage: StageConfig, source: str) -> None:
+    """The stage can do something with the model that `source` has trained."""
+    trained = recipe.stage(source)
+    assert isinstance(trained, TrainStage)
+    model = model_of(recipe, trained).model
+    assert model is not None, "a stage without init_from has a model"
+    try:
+        if isinstance(stage, TrainStage):
+            check_model(stage, model)
+        elif (model.name == "vae") != isinstance(stage, LatentsStage):
+            raise ValueError(
+                f"init_from is {source!r}, whose model is {model.name}: a latents stage takes a vae, and other stages "
+                "any other"
+            )
+    except ValueError as error:
+        raise ConfigError(f"{recipe.paths[stage.name]}: {error}") from None
 
 
 def model_of(recipe: Recipe, stage: TrainStage) -> TrainStage:

@@ -1,9 +1,9 @@
 """The shard format: WebDataset tars, an index beside each, and the root that binds a split's records.
 
-A split is a folder of `<split>-00000.tar`, `<split>-00001.tar`, ... A record's members are KEY.png or KEY.jpg, KEY.cls
-(the class, if it has one), KEY.txt (the caption, if any), KEY.svg (the drawing that the image was made from, if any)
-and, where the privacy unit is not the record itself, KEY.json with {"unit": ...}. Beside each tar lies
-`<split>-00000.index.jsonl`, one line a record:
+A split is a folder of `<split>-00000.tar`, `<split>-00001.tar`, ... A record's members are KEY.png or KEY.jpg (KEY.npy
+in a split of latents), KEY.cls (the class, if it has one), KEY.txt (the caption, if any), KEY.svg (the drawing that the
+image was made from, if any) and, where the privacy unit is not the record itself, KEY.json with {"unit": ...}. Beside
+each tar lies `<split>-00000.index.jsonl`, one line a record:
 {"key", "unit", "digest", "label", "members": {extension: [offset, length]}}.
 """
 
@@ -27,6 +27,8 @@ from privacy.pii.manifests import SUFFIX
 from train.images import stored_extension
 
 KEY = re.compile(r"[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*")
+LATENTS = "npy"  # in place of an image: see train.latent_shards
+NPY_SIGNATURE = b"\x93NUMPY"
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff")
 MEMBER = re.compile(r"(?P<key>(?:.*/)?[^./]+)\.(?P<extension>[^/]+)", re.DOTALL)
 END_OF_TAR = bytes(1024)
@@ -279,7 +281,7 @@ def parse_record(key: str, members: Mapping[str, bytes]) -> Record:
 
     Raises RecordError: "no_image", "bad_class", "bad_caption" or "bad_unit".
     """
-    image = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), None)
+    image = next((members[extension] for extension in (*IMAGE_EXTENSIONS, LATENTS) if extension in members), None)
     if image is None:
         raise RecordError("no_image")
     label, caption, unit = None, None, key
@@ -406,9 +408,9 @@ def root_of(digests: Iterable[str]) -> str:
 
 
 def _members(record: Record) -> dict[str, bytes]:
-    extension = stored_extension(record.image)
+    extension = LATENTS if record.image.startswith(NPY_SIGNATURE) else stored_extension(record.image)
     if extension is None:
-        raise ValueError(f"record {record.key}: a shard holds PNG and JPEG images: convert it first")
+        raise ValueError(f"record {record.key}: a shard holds PNG and JPEG images, or latents: convert it first")
     members = {extension: record.image}
     if record.label is not None:
         members["cls"] = str(record.label).encode("ascii")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from blake3 import blake3
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from train import shapes
 from train.images import MAX_PIXELS
-from train.shapes import combinations, least_image_size
 
-Split = Literal["public", "private", "test"]
+# No stage trains on test and private_test; private_test is what is held back of records that are private.
+Split = Literal["public", "private", "test", "private_test"]
 
 
 class _Section(BaseModel):
@@ -79,6 +82,7 @@ class FolderPart(Part):
     """A folder with one sub-folder a class; beside NAME.png may lie a caption, NAME.txt, and a drawing, NAME.svg."""
 
     folder: str
+    classes: Annotated[tuple[str, ...], Field(min_length=1)] | None = None  # these sub-folders alone; null: all of them
 
 
 class ImageFolderSource(ShapedSource):
@@ -86,6 +90,19 @@ class ImageFolderSource(ShapedSource):
 
     kind: Literal["image_folder"]
     parts: Annotated[tuple[FolderPart, ...], Field(min_length=1)]
+    unit: Literal["record", "caption"] = "record"  # caption: all images of one are one privacy unit, and in one split
+
+    @model_validator(mode="after")
+    def _a_class_is_in_one_part(self) -> Self:
+        for (first, one), (second, other) in combinations(enumerate(self.parts), 2):
+            mine, others = one.classes or other.classes or (), other.classes or one.classes or ()
+            shared = sorted(set(mine) & set(others)) or ([] if mine else ["every class"])
+            if shared and Path(one.folder).expanduser() == Path(other.folder).expanduser():
+                raise ValueError(
+                    f"parts {first} and {second} both take {shared[0]} of {one.folder}, whose images would be in two "
+                    "splits: give each part `classes` of its own"
+                )
+        return self
 
 
 class ShardPart(Part):
@@ -113,8 +130,8 @@ class ShapesSource(Source):
 
     @model_validator(mode="after")
     def _can_be_drawn(self) -> Self:
-        combinations(self.held_out, seed=0)
-        if self.image_size < (least := least_image_size(self.max_count)):
+        shapes.combinations(self.held_out, seed=0)
+        if self.image_size < (least := shapes.least_image_size(self.max_count)):
             raise ValueError(
                 f"image_size is {self.image_size}, too small to tell {self.max_count} forms apart: "
                 f"give at least {least}, or a smaller max_count"

@@ -240,38 +240,76 @@ def idx(config: IdxSource, seed: int) -> Stream:
     return Stream(items(), _splits(config.parts), total, len(config.class_names), config.class_names)
 
 
+class _FolderImage(NamedTuple):
+    key: str
+    part: FolderPart
+    class_name: str
+    path: Path
+
+    def caption(self) -> str:
+        """That of the file beside it, or else its class's name. Raises RecordError."""
+        told = _read_file(self.path.with_suffix(".txt"))
+        try:
+            return self.class_name.replace("_", " ") if told is None else told.decode("utf-8").strip()
+        except UnicodeDecodeError:
+            raise RecordError("bad_caption") from None
+
+
 def image_folder(config: ImageFolderSource, seed: int) -> Stream:
-    """Keys are PART/CLASS/NAME, or a digest of CLASS/NAME where that is not plain."""
-    found: list[tuple[int, FolderPart, Path, Path]] = []
-    for number, part in enumerate(config.parts):
-        folder = Path(part.folder).expanduser()
-        if not folder.is_dir():
-            raise ValueError(f"image_folder part {number}: {folder} is not a folder: check its path")
-        images = sorted(path for path in folder.rglob("*") if path.suffix.lower()[1:] in IMAGE_EXTENSIONS)
-        if loose := next((path for path in images if path.parent == folder), None):
-            raise ValueError(f"{folder} holds {loose.name} outside a class: put images in one sub-folder a class")
-        found += [(number, part, path, path.relative_to(folder)) for path in images]
-    names = tuple(sorted({relative.parts[0] for _, _, _, relative in found}))
+    """Keys are PART/CLASS/NAME, or a digest of CLASS/NAME where that is not plain.
+
+    Under `unit: caption` a unit has the key of its first record, and its caption decides its split. It is not named by
+    a digest of the caption, which would outlive the filter and let whoever guesses what was redacted check the guess.
+    """
+    found = [image for number, part in enumerate(config.parts) for image in _folder_images(number, part)]
+    names = tuple(sorted({image.class_name for image in found}))
     classes = {name: label for label, name in enumerate(names)}
 
     def items() -> Iterator[tuple[Split, Record | Rejected]]:
-        for number, part, path, relative in found:
-            key = f"{number}/{plain_name(relative.with_suffix('').as_posix())}"
-            split, name = part.split_of(key, seed), relative.parts[0]
+        firsts: dict[str, _FolderImage] = {}
+        for image in found:
+            split = image.part.split_of(image.key, seed)
             try:
-                if (image := _read_file(path)) is None:  # a link to nothing
+                caption, unit = image.caption(), image.key
+                if config.unit == "caption":
+                    first = firsts.setdefault(caption, image)
+                    if first.part.splits != image.part.splits:
+                        raise ValueError(
+                            f"{first.key} and {image.key} have one caption, and so are one privacy unit, in parts of "
+                            f"other splits: give {first.class_name} and {image.class_name} the same, or set unit to "
+                            "record"
+                        )
+                    split, unit = image.part.split_of(caption, seed), first.key
+                if (content := _read_file(image.path)) is None:  # a link to nothing
                     raise RecordError("unreadable_file")
-                caption = _read_file(path.with_suffix(".txt"))
-                svg = _read_file(path.with_suffix(".svg"))
-                told = name.replace("_", " ") if caption is None else caption.decode("utf-8").strip()
+                svg = _read_file(image.path.with_suffix(".svg"))
             except RecordError as error:
-                yield split, Rejected(key, error.reason)
-            except UnicodeDecodeError:
-                yield split, Rejected(key, "bad_caption")
+                yield split, Rejected(image.key, error.reason)
             else:
-                yield split, Record(key, key, image, classes[name], told, svg)
+                yield split, Record(image.key, unit, content, classes[image.class_name], caption, svg)
 
     return Stream(items(), _splits(config.parts), len(found), len(names), names)
+
+
+def _folder_images(number: int, part: FolderPart) -> Iterator[_FolderImage]:
+    folder = Path(part.folder).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"image_folder part {number}: {folder} is not a folder: check its path")
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower()[1:] in IMAGE_EXTENSIONS)
+    if loose := next((path for path in paths if path.parent == folder), None):
+        raise ValueError(f"{folder} holds {loose.name} outside a class: put images in one sub-folder a class")
+    there = {path.relative_to(folder).parts[0] for path in paths}
+    wanted = there if part.classes is None else set(part.classes)
+    if missing := sorted(wanted - there):
+        raise ValueError(
+            f"image_folder part {number}: {folder} has no images of class {missing[0]}: "
+            f"choose from {', '.join(sorted(there)) or 'none'}"
+        )
+    for path in paths:
+        relative = path.relative_to(folder)
+        if relative.parts[0] in wanted:
+            key = f"{number}/{plain_name(relative.with_suffix('').as_posix())}"
+            yield _FolderImage(key, part, relative.parts[0], path)
 
 
 def webdataset(config: WebDatasetSource, seed: int) -> Stream:

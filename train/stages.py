@@ -16,23 +16,30 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from checkpointing.export import DIFFUSERS_WEIGHTS_FILE, ExportError, to_diffusers, write_export
 from models.dit import DiTConfig
-from models.flow import Objective
+from models.registry import ModelConfig
+from models.unified import UnifiedConfig
+from models.vae import VAE
 from privacy.audit import AuditReport, Claim, audit_run, write_report
 from privacy.empirical import EngineCheck
 from privacy.pii.policy import Policy
 from privacy.pii.report import write_filter_report
+from train.autoencoding import VAE_FOLDER, decoder_in, decoder_of, pinned_vae
 from train.card import model_card, privacy_card
 from train.config import (
     AuditStage,
     EvalPiiStage,
     EvalStage,
+    EvalUnifiedStage,
     ExportStage,
+    Extraction,
     FilterStage,
     FinetuneStage,
     IngestStage,
+    LatentsStage,
     StageConfig,
     TrainStage,
 )
@@ -42,16 +49,19 @@ from train.evaluation import evaluate, image_grid, train_classifier, validation_
 from train.executors import run_job
 from train.extraction import find_copies
 from train.filtering import filter_shards, open_tools, plan_filter
-from train.generation import build, generate
+from train.generation import build, draw, exported, generate, objective_of
 from train.heartbeat import Heartbeat
+from train.latent_shards import HEADER
+from train.latents import encode_shards, plan_latents, reconstruction_psnr
 from train.loop import load_average, train
-from train.measurements import Row, measurement
+from train.measurements import Row, judged, measurement
 from train.metrics import format_mfu
 from train.parallel import World, join_world
 from train.pii_evaluation import judge, measure_policy, missed, open_policy, pii_headline, recall_picture
 from train.progress import Progress
 from train.run_folder import RunFolder, digests, now, write_json
 from train.sources import ingest
+from train.unified_evaluation import Source, measure, prompt, side_by_side
 
 
 @dataclass(frozen=True)
@@ -130,8 +140,9 @@ def _train(stage: TrainStage, run: RunFolder, world: World, fencing_epoch: int |
         headline["epsilon"] = f"{metrics['epsilon']:.3f} at delta {metrics['delta']:g} {target}"
         headline["noise multiplier"] = f"{metrics['noise_multiplier']:.3f}"
     headline["throughput"] = f"{metrics['images_per_s']:,.0f} images/s, MFU {format_mfu(metrics['mfu'])}"
-    headline["curves"] = str(run.path / stage.name / "curves.png")
-    outputs |= digests([run.path / stage.name / "curves.png"])
+    pictures = sorted((run.path / stage.name).glob("*.png"))
+    headline |= {picture.stem.replace("_", " "): str(picture) for picture in pictures}
+    outputs |= digests(pictures)
     return Result(metrics | {"headline": headline}, outputs, {"train": stage.train.seed}, trained.ledger)
 
 
@@ -168,6 +179,34 @@ def _filter(stage: FilterStage, run: RunFolder, progress: Progress) -> Result:
     return Result(metrics | {"headline": headline}, digests([folder / "quarantine.jsonl", report]))
 
 
+def _latents(stage: LatentsStage, run: RunFolder, progress: Progress) -> Result:
+    """Every split's images through the VAE; what its latents are worth is shown on public records."""
+    source, folder = run.read_manifest(stage.data_from), run.stage_folder(stage.name)
+    assert source is not None
+    vae = pinned_vae(stage.diffusers) if stage.diffusers else _trained_vae(run, str(stage.init_from))
+    job = plan_latents(run.path / stage.data_from, folder, list(source["metrics"]["splits"]), vae)
+    metrics = encode_shards(job, lambda job: run_job(job, stage.executor, progress))
+    decode = decoder_in(folder)
+    images, latents = (ShardDataset(run.path / name / "public", "public") for name in (stage.data_from, stage.name))
+    psnr = reconstruction_psnr(images, latents, decode)
+    row = Row(name=f"{stage.name}.psnr", value=psnr, unit="dB", target=None, ok=None)
+    headline = _records(metrics) | {
+        "latents": " x ".join(map(str, metrics["shape"])),
+        "public images decoded again": f"PSNR {psnr:.1f} dB",
+        "vae": str(folder / VAE_FOLDER),
+    }
+    written = [*(folder / VAE_FOLDER).iterdir(), *(folder / split / HEADER for split in job.splits)]
+    return Result(metrics | {"headline": headline, "rows": [row]}, digests(sorted(written)))
+
+
+def _trained_vae(run: RunFolder, stage_name: str) -> VAE:
+    config, weights, _ = load_average(run, stage_name)
+    vae = build(config, weights)
+    if not isinstance(vae, VAE):
+        raise ValueError(f"init_from is {stage_name}, whose model is a {config.name}: name a stage that trained a vae")
+    return vae
+
+
 def _records(metrics: Mapping[str, Any]) -> dict[str, str]:
     records = ", ".join(f"{name} {split['records']:,}" for name, split in metrics["splits"].items())
     return {"records": records}
@@ -179,19 +218,24 @@ def _tally(counts: Mapping[str, int]) -> str:
 
 def _eval(stage: EvalStage, run: RunFolder, progress: Progress) -> Result:
     """Samples of each model, judged on held-out and public records; the private split is never read."""
-    folder, data = run.stage_folder(stage.name), run.path / stage.data_from
+    folder, data = run.stage_folder(stage.name), Source.of(run, stage.data_from)
     metrics: dict[str, Any] = {"headline": {}, "rows": []}
     outputs: list[Path] = []
     classifier = None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for place, source in enumerate(stage.init_from):
         config, weights, _ = load_average(run, source)
-        public, public_labels = _images(data, "public", stage.reference_images, config)
-        test, test_labels = _images(data, "test", stage.reference_images, config)
+        if not isinstance(config, DiTConfig):
+            raise ValueError(
+                f"init_from of {stage.name} names {source}, a model {config.name}: name it in a stage eval_unified"
+            )
+        shape, number = data.pixels_shape(config), stage.reference_images
+        public, public_labels = _images(data.pixels, "public", number, *shape)
+        test, test_labels = _images(data.pixels, "test", number, *shape)
         if classifier is None:
             progress(0, None, "training the classifier on the public half")
             classifier = train_classifier(public, public_labels, stage.seed)
-        model, objective = build(config, weights).to(device), objective_of(run, source)
+        model, objective = build(config, weights).to(device), objective_of(run, source, config)
         labels = torch.arange(config.num_classes).repeat_interleave(stage.samples_per_class)
         total, done = len(labels) * len(stage.init_from), len(labels) * place
         samples = generate(
@@ -202,11 +246,13 @@ def _eval(stage: EvalStage, run: RunFolder, progress: Progress) -> Result:
             sampler=stage.sampler,
             steps=stage.sampler_steps,
             guidance=stage.guidance,
+            decode=data.decode,
             batch_size=stage.batch_size,
             progress=lambda n, source=source, done=done, total=total: progress(done + n, total, f"sampling {source}"),
         )
         figures = evaluate(samples, labels, test, test_labels, public, classifier, seed=stage.seed)
-        figures |= validation_loss(model, objective, test, test_labels)
+        held_out, _ = _images(data.data, "test", number, config.channels, config.image_size)
+        figures |= validation_loss(model, objective, held_out, test_labels)
         fidelity = float(figures["class_fidelity"])
         grid = _grid(
             samples, stage.samples_per_class, folder / f"{source}.png", f"{source}: {_epsilon_of(run, source)}"
@@ -227,19 +273,11 @@ def _eval(stage: EvalStage, run: RunFolder, progress: Progress) -> Result:
     return Result(metrics, digests(outputs), {"eval": stage.seed})
 
 
-def objective_of(run: RunFolder, stage_name: str) -> Objective:
-    """What the stage's model was trained to predict."""
-    manifest = run.read_manifest(stage_name)
-    assert manifest is not None
-    section = manifest["config"]["objective"]
-    return Objective(prediction=section["prediction"], timesteps=section["timesteps"])
-
-
-def _images(data: Path, split: str, limit: int, config: DiTConfig) -> tuple[torch.Tensor, torch.Tensor]:
+def _images(data: Path, split: str, limit: int, channels: int, image_size: int) -> tuple[Tensor, Tensor]:
     """Images and labels of a split: all of them, or `limit` spread evenly over it."""
     dataset = ShardDataset(data / split, split)
     chosen = np.linspace(0, len(dataset) - 1, min(limit, len(dataset))).astype(np.int64)
-    return dataset.batch(chosen, config.channels, config.image_size)
+    return dataset.batch(chosen, channels, image_size)
 
 
 def _grid(samples: torch.Tensor, per_class: int, path: Path, title: str) -> Path:
@@ -271,6 +309,49 @@ def _quality(source: str, figures: Mapping[str, Any], grid: Path) -> dict[str, s
         f"{source}: validation loss": f"{figures['validation_loss']:.4f}",
         f"{source}: samples": str(grid),
     }
+
+
+def _eval_unified(stage: EvalUnifiedStage, run: RunFolder, progress: Progress) -> Result:
+    """Captions and images of each model side by side, so that one sees what a stage did to both abilities."""
+    folder, source = run.stage_folder(stage.name), Source.of(run, stage.data_from)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    figures, outputs = dict[str, list[Row]](), list[Path]()
+    judges = None
+    total = len(stage.init_from) * len(stage.splits) * (stage.captions + stage.images)
+    for name in stage.init_from:
+        config, weights, _ = load_average(run, name)
+        if not isinstance(config, UnifiedConfig):
+            raise ValueError(
+                f"init_from of {stage.name} names {name}, a model {config.name}: measure it in a stage eval"
+            )
+        if judges is None:
+            progress(0, None, "training judges on the public half")
+            judges = source.judges(stage, config)
+        model, objective = build(config, weights).to(device), objective_of(run, name, config)
+        rows, title = list[Row](), f"{name}: {_epsilon_of(run, name)}"
+        for split in stage.splits:
+            done = (len(figures) * len(stage.splits) + stage.splits.index(split)) * (stage.captions + stage.images)
+            measured = measure(
+                model, objective, stage, split, source, judges,
+                lambda n, text, done=done, name=name: progress(done + n, total, f"{name}: {text}"),
+            )  # fmt: skip
+            rows += measured.rows
+            outputs.append(
+                measured.show_samples(folder / f"{name}_{split}_images.png", f"{title}, captions of {split}")
+            )
+            outputs.append(
+                measured.show_captions(folder / f"{name}_{split}_captions.png", f"{title}, images of {split}")
+            )
+        figures[name] = rows
+    rows = [
+        row
+        for name, of_model in figures.items()
+        for row in judged(f"{stage.name}.{name}", of_model, stage.at_least.get(name, {}), stage.at_most.get(name, {}))
+    ]
+    headline = side_by_side(figures) | {"pictures": str(folder)}
+    assert judges is not None
+    metrics = {"headline": headline, "rows": rows, **judges.sha256()}
+    return Result(metrics, digests(outputs), {"eval_unified": stage.seed})
 
 
 def _eval_pii(stage: EvalPiiStage, run: RunFolder, progress: Progress) -> Result:
@@ -360,30 +441,40 @@ def _search_copies(stage: AuditStage, run: RunFolder, progress: Progress) -> dic
     """Copies of training images among the samples: of private ones only where operator metrics are allowed."""
     assert stage.extraction is not None
     assert stage.init_from is not None
-    settings, audited, data = stage.extraction, _audited(stage, run), run.path / str(stage.data_from)
+    settings, audited = stage.extraction, _audited(stage, run)
     config, weights, _ = load_average(run, stage.init_from)
     outside = audited.privacy.operator_metrics
     split = audited.split if outside else "public"
-    labels = torch.arange(config.num_classes).repeat_interleave(settings.samples_per_class)
     progress(0, None, f"searching the samples for copies of {split} images")
-    samples = generate(
-        build(config, weights),
-        objective_of(run, stage.init_from),
-        labels,
-        seed=settings.seed,
-        sampler="euler",
-        steps=settings.sampler_steps,
-        guidance=1.0,
-    )
-    training, _ = _images(data, split, settings.reference_images, config)
-    held_out, _ = _images(data, "test", settings.reference_images, config)
-    found = find_copies(samples, training, held_out)
+    found = find_copies(*_searched(stage, settings, run, config, weights, split))
     note = "operator-only, outside the guarantee" if outside else "private ones are not looked at"
     verdict = (
         f"{found.samples.rate:.3f} [{found.samples.low:.3f}, {found.samples.high:.3f}] of {split} images, and "
         f"{found.held_out.rate:.3f} of held-out images ({note})"
     )
     return asdict(found) | {"split": split, "outside_guarantee": outside, "found": found.found, "verdict": verdict}
+
+
+def _searched(
+    stage: AuditStage, settings: Extraction, run: RunFolder, config: ModelConfig, weights: dict[str, Tensor], split: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Samples, training images and held-out ones. A unified model draws the training images' own captions: whoever
+    knows a record's caption asks with it."""
+    how: dict[str, Any] = {"seed": settings.seed, "sampler": "euler", "steps": settings.sampler_steps, "guidance": 1.0}
+    number, name = settings.reference_images, str(stage.init_from)
+    source = Source.of(run, str(stage.data_from))
+    if isinstance(config, UnifiedConfig):
+        training = source.records(split, number, settings.seed, config)
+        model = build(config, weights)
+        prompts = [prompt(model, caption) for caption in training.captions[: settings.samples]]
+        samples = draw(model, objective_of(run, name, config), prompts, decode=source.decode, **how)
+        return samples, training.pixels, source.records("test", number, settings.seed, config).pixels
+    assert isinstance(config, DiTConfig), "no other model has private stages"
+    labels = torch.arange(config.num_classes).repeat_interleave(settings.samples_per_class)
+    samples = generate(build(config, weights), objective_of(run, name, config), labels, decode=source.decode, **how)
+    shape = source.pixels_shape(config)
+    (training, _), (held_out, _) = (_images(source.pixels, part, number, *shape) for part in (split, "test"))
+    return samples, training, held_out
 
 
 def _refuse_false_claims(report: AuditReport) -> None:
@@ -402,22 +493,23 @@ def _export(stage: ExportStage, run: RunFolder, progress: Progress) -> Result:
     config, weights, checkpoint = load_average(run, stage.init_from)
     manifest = run.read_manifest(stage.init_from)
     assert manifest is not None
-    objective = objective_of(run, stage.init_from)
+    objective = objective_of(run, stage.init_from, config)
     card = privacy_card(report, manifest, run)
-    described = {"model": config.model_dump(), "objective": objective.model_dump(), "source": checkpoint.name}
+    section, extra_files = exported(config)
+    described = {"model": section, "objective": objective.model_dump(), "source": checkpoint.name}
+    extra_files["privacy_card.json"] = (json.dumps(card, indent=2) + "\n").encode()
+    extra_files["MODEL_CARD.md"] = model_card(described, card, manifest, run).encode()
     folder = run.stage_folder(stage.name) / "model"
-    write_export(
-        folder,
-        weights,
-        described,
-        extra_files={
-            "privacy_card.json": (json.dumps(card, indent=2) + "\n").encode(),
-            "MODEL_CARD.md": model_card(described, card, manifest, run).encode(),
-        },
-    )
+    write_export(folder, weights, described, extra_files=extra_files)
     headline = {"model": str(folder)}
-    outputs = [folder / name for name in ("model.safetensors", "config.json", "privacy_card.json", "MODEL_CARD.md")]
+    outputs = [folder / name for name in ("model.safetensors", "config.json", *extra_files)]
+    decoder = decoder_of(run, manifest["config"]["data_from"])
+    if decoder is not None:
+        decoder.write(folder / VAE_FOLDER)
+        outputs += sorted((folder / VAE_FOLDER).iterdir())
     try:
+        if not isinstance(config, DiTConfig):
+            raise ExportError(f"it has no model {config.name}")
         tensors, diffusers_config = to_diffusers(weights, config.model_dump())
     except ExportError as error:  # said, not hidden: our own format is complete without it
         headline["diffusers"] = f"none: {error}"
@@ -434,7 +526,9 @@ def _export(stage: ExportStage, run: RunFolder, progress: Progress) -> Result:
 STAGES: dict[type[StageConfig], Callable[[Any, RunFolder, Progress], Result]] = {
     IngestStage: _ingest,
     FilterStage: _filter,
+    LatentsStage: _latents,
     EvalStage: _eval,
+    EvalUnifiedStage: _eval_unified,
     EvalPiiStage: _eval_pii,
     AuditStage: _audit,
     ExportStage: _export,

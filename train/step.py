@@ -1,15 +1,19 @@
-"""One training step, public and private, whatever the sharding: the whole of it is on this page.
+"""One training step, public and private, whatever the model and the sharding: the whole of it is on this page.
 
-A step's records are decided by a pure function of the step; each rank takes its slice of them in microbatches. What
-chance each record meets (timestep, noise, dropped label) is a function of (seed, stage, step, record).
+A step's records are decided by a pure function of the step; each rank takes its part of them in microbatches. What
+chance each record meets (timestep, noise, dropped label) is a function of (seed, stage, step, record). How records
+become microbatches is the model family's matter: `train.families`.
 """
 
-# B units of a microbatch, R records a unit, K noise draws a record
+# B units of a microbatch, R records a unit
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,99 +21,83 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from checkpointing.failpoints import failpoint
-from models.dit import DiTConfig
-from models.flow import Objective, drop_labels
 from privacy.clipping import Clipper, GroupWiseClipper
 from privacy.mechanism import Mechanism
 from train.config import TrainStage
-from train.data import Batch, Prefetcher, ShardDataset
+from train.data import Prefetcher, ShardDataset
 from train.health import Health
 from train.optim import ExponentialMovingAverage, learning_rate
 from train.parallel import Backend, World
-from train.randomness import record_draws
 
 Slots = NDArray[np.int64]
+"""A step's units, (units, R): the records of each, -1 where it has fewer than R. A unit is a record unless privacy says
+a user; then R is the most records of one that a step reads."""
 
 
 @dataclass(frozen=True)
 class Microbatch:
-    """What one rank puts through one forward; `losses` maps a model to this microbatch's losses by unit (B,)."""
+    """What one rank puts through one forward; `losses` maps a model to this microbatch's losses (B,).
+
+    In a private stage they are the units', elsewhere they may be of any parts of the batch: a step's loss is their sum
+    over the batch size.
+    """
 
     present_B: Tensor  # False for padding, which evens out the ranks
     losses: Callable[[nn.Module], Tensor]
     last: bool
+    slots_BR: Slots  # the records that each loss is of, -1 padding
 
 
-class Batches:
-    """A step's units as this rank's microbatches: equally many, and of equal size, on every rank.
+class Batches(ABC):
+    """How the records of a model family become a step's microbatches: equally many on every rank.
 
-    A step's slots are int64 (units, R): the records of each unit, -1 where a unit has fewer than R. A unit is a record
-    unless privacy says a user; then R is the most records of one that a step reads.
+    unit_flops: of a unit's forward, the same for every unit: what a private step may tell.
     """
 
-    def __init__(self, stage: TrainStage, model: DiTConfig, world: World) -> None:
-        self.stage, self.model, self.world = stage, model, world
-        self.objective = Objective(prediction=stage.objective.prediction, timesteps=stage.objective.timesteps)
+    unit_flops: float
+
+    def __init__(self, stage: TrainStage, config: Any, world: World, dataset: ShardDataset) -> None:
+        self.stage, self.config, self.world, self.dataset = stage, config, world, dataset
         bf16 = stage.train.precision == "bf16"
         self.autocast = torch.autocast(world.device.type, torch.bfloat16) if bf16 else nullcontext()
 
-    def share(self, slots: Slots) -> Slots:
-        """This rank's slice of a step's units."""
-        size = -(-len(slots) // self.world.size)
-        return slots[self.world.rank * size : (self.world.rank + 1) * size]
+    @abstractmethod
+    def require_fit(self) -> None:
+        """Raise ValueError where the stage cannot be trained with this model on these records."""
 
-    def of(self, step: int, num_units: int, slots: Slots, mine: Batch) -> Iterator[Microbatch]:
-        """This rank's share, padded where the units do not fall evenly; an empty step is one padded microbatch.
+    @abstractmethod
+    def load(self, step: int, slots: Slots) -> Any:
+        """Read this rank's part of a step's units, which are the same on every rank; runs in the prefetcher's thread.
 
-        num_units: of the step, on all ranks; mine: the records of `slots`, this rank's share, in their order.
+        The result has `flops`, those of the step's forward over all ranks.
         """
-        share = -(-num_units // self.world.size)
-        count = max(1, -(-share // self.stage.train.microbatch_size))
-        size = max(1, -(-share // count))
-        start = 0
-        for index in range(count):
-            part = np.full((size, slots.shape[1]), -1, np.int64)
-            there = slots[index * size : (index + 1) * size]
-            part[: len(there)] = there
-            stop = start + int((part >= 0).sum())
-            records = Batch(mine.indices[start:stop], mine.images[start:stop], mine.labels[start:stop])
-            yield self._microbatch(step, part, records, last=index == count - 1)
-            start = stop
 
-    def _microbatch(self, step: int, slots_BR: Slots, records: Batch, *, last: bool) -> Microbatch:
-        model, objective, num_draws = self.model, self.stage.objective, self.stage.objective.noise_draws
-        shape = (model.channels, model.image_size, model.image_size)
-        draws = record_draws(self.stage.train.seed, self.stage.name, step, records.indices.tolist(), shape, num_draws)
-        labels = records.labels.repeat_interleave(num_draws)
-        labels = drop_labels(labels, draws.dropout, objective.label_dropout, model.num_classes)
-        present_BR = torch.from_numpy(slots_BR >= 0)
-        present_BRK = present_BR.flatten().repeat_interleave(num_draws)
+    @abstractmethod
+    def of(self, loaded: Any) -> Iterator[Microbatch]:
+        """What was loaded, as microbatches. An empty step is one of padding."""
 
-        def padded(values: Tensor) -> Tensor:
-            rows = values.new_zeros(len(present_BRK), *values.shape[1:])
-            rows[present_BRK] = values
-            return rows.to(self.world.device)
+    def facts(self) -> Mapping[str, int]:
+        """What reading the split has shown of it: for whoever may see raw data."""
+        return {}
 
-        images, labels = padded(records.images.repeat_interleave(num_draws, 0)), padded(labels)
-        noise, t = padded(draws.noise), self.objective.sample_timesteps(padded(draws.timestep))
-        present_BR = present_BR.to(self.world.device)
+    def figures(self) -> Mapping[str, float]:
+        """What the forwards since the last call have shown, over all ranks, which call together: raw, as `facts`."""
+        return {}
 
-        def losses(network: nn.Module) -> Tensor:
-            with self.autocast:
-                rows = self.objective.losses(network, images, labels, t, noise)
-            losses_BR = rows.view(*slots_BR.shape, num_draws).mean(2)
-            # A unit's loss is the mean over its records; `where`, for a product would pass on an absent row's NaN.
-            return torch.where(present_BR, losses_BR, 0.0).sum(1) / present_BR.sum(1).clamp(min=1)
-
-        return Microbatch(present_BR.any(1), losses, last)
+    def draw(self, folder: Path) -> list[Path]:
+        """Pictures of what `figures` told last; on one rank."""
+        return []
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a step may tell the world: its mean loss (noised in a private stage) and how many images it stands for."""
+    """What a step may tell the world: its mean loss (noised in a private stage), and how many images and how many FLOPs
+    of their forward it stands for.
+    """
 
     loss: float
     images: int
+    flops: float
 
 
 @dataclass
@@ -120,14 +108,14 @@ class PublicStep:
     batches: Batches
     backend: Backend
     average: ExponentialMovingAverage
-    prefetcher: Prefetcher  # of this rank's share of each step
+    prefetcher: Prefetcher[Any]  # of this rank's part of each step
     health: Health
 
     def __call__(self, step: int) -> StepReport:
         world, size = self.batches.world, self.stage.train.batch_size
         loss = torch.zeros((), device=world.device)
-        mine = self.prefetcher.fetch(step)
-        for batch in self.batches.of(step, size, mine.indices[:, None], mine):
+        loaded = self.prefetcher.fetch(step)
+        for batch in self.batches.of(loaded):
             with self.backend.microbatch(last=batch.last):
                 losses_B = batch.losses(self.backend.model)
                 self.backend.backward((losses_B * batch.present_B).sum() / size)
@@ -137,7 +125,7 @@ class PublicStep:
         loss = float(world.sum(loss))
         self.health.judge_loss(step, loss, of_rank)  # before it reaches a weight
         self.backend.update(learning_rate(self.stage.optim, step, self.stage.train.steps), average=self.average)
-        return StepReport(loss, size)
+        return StepReport(loss, size, loaded.flops)
 
 
 @dataclass
@@ -150,17 +138,15 @@ class PrivateStep:
     average: ExponentialMovingAverage
     clipper: Clipper
     mechanism: Mechanism
-    dataset: ShardDataset
 
     def __call__(self, step: int) -> StepReport:
         world, mechanism = self.batches.world, self.mechanism
         charge = mechanism.charge(step)  # durable before anything private is drawn
         failpoint("ledger.synced", step=step)
         slots = mechanism.draw(charge)  # the same on every rank
-        mine = self.batches.share(slots)
         failpoint("batch.drawn", step=step)
         loss = torch.zeros((), device=world.device, dtype=torch.float64)
-        for batch in self.batches.of(step, len(slots), mine, self._load(mine)):
+        for batch in self.batches.of(self.batches.load(step, slots)):
             losses_B = self.clipper.accumulate(self.backend, batch.losses, batch.present_B, last=batch.last)
             loss += mechanism.clip_losses(losses_B, batch.present_B)
         failpoint("step.computed", step=step)
@@ -175,10 +161,6 @@ class PrivateStep:
             counts = mechanism.release_counts(world.sum(self.clipper.take_counts()), charge)
             self.clipper.adapt(counts, mechanism.terms.expected_batch_size)
         released = mechanism.release_loss(world.sum(loss), charge)
-        mechanism.done(charge, [self.dataset.digest(record) for record in slots[slots >= 0].tolist()])
-        # The true batch size is private: throughput counts the expected one.
-        return StepReport(released, self.stage.train.batch_size)
-
-    def _load(self, slots: Slots) -> Batch:
-        model, records = self.batches.model, slots[slots >= 0]
-        return Batch(records, *self.dataset.batch(records, model.channels, model.image_size))
+        mechanism.done(charge, [self.batches.dataset.digest(record) for record in slots[slots >= 0].tolist()])
+        expected = self.stage.train.batch_size  # the true batch size is private
+        return StepReport(released, expected, expected * self.batches.unit_flops)

@@ -31,10 +31,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
+
+from blake3 import blake3
+from pydantic import ValidationError
 
 from checkpointing import disk
 from checkpointing.failpoints import failpoint
+from checkpointing.store import write_durably
 
 LEASE_S = 30.0  # without a beat, until a lease may be stolen
 LEASE = ".lease"
@@ -145,6 +149,36 @@ def mendable(folder: Path) -> Iterator[None]:
         raise ValueError(
             f"{error.filename or folder}: {error.strerror}: {mend}, and run again: it goes on where it was"
         ) from error
+
+
+# --- a job's file and what binds its outputs -------------------------------------------------------------------------
+
+
+def open_job(path: Path, content: bytes) -> None:
+    """Open the folder of the job whose file is `.work/job-ID.json` to its workers, and to those of no other job."""
+    disk.make_folder(path.parent)
+    sweep(path.parent.parent)
+    for other in path.parent.glob("job-*.json"):
+        if other != path:
+            other.unlink()
+    write_durably(path, content)
+
+
+def require_open(path: Path) -> None:
+    """ValueError where the folder was given to another job meanwhile, or the job is finished."""
+    if not path.exists():
+        raise ValueError(f"{path} is gone: the job is finished, or another run has taken its place")
+
+
+def digest_of(*parts: Any) -> str:
+    """BLAKE3 of what JSON can say: the id of a task, of all that decides its output."""
+    canonical = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+    return f"blake3:{blake3(canonical.encode()).hexdigest()}"
+
+
+def file_digest(path: Path) -> str:
+    """BLAKE3 of a file."""
+    return f"blake3:{blake3(max_threads=1).update_mmap(path).hexdigest()}"
 
 
 # --- committing ----------------------------------------------------------------------------------------------------
@@ -338,14 +372,35 @@ def _begun(pid: int) -> str:
     return "" if fields[0] in "ZX" else fields[19]
 
 
-def main(arguments: list[str]) -> int:
-    from train.filtering import FilterJob
+def read_job(path: Path) -> Job:
+    """The job of a file, of the kind that it says it is; ValueError where it is none."""
+    try:
+        kind = json.loads(path.read_bytes())["kind"]
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: the job is finished, or another run has taken its place") from None
+    except (ValueError, KeyError, TypeError):
+        kind = None
+    try:
+        if kind == "filter":
+            from train.filter_job import FilterJob  # which imports no torch: a worker is up within a second
 
+            return FilterJob.model_validate_json(path.read_bytes())
+        if kind == "latents":
+            from train.latents import LatentsJob
+
+            return LatentsJob.model_validate_json(path.read_bytes())
+    except ValidationError:
+        pass
+    raise ValueError(f"{path} is no job of a stage as it is now: start the stage again")
+
+
+def main(arguments: list[str]) -> int:
+    """What the module's text says."""
     if len(arguments) not in (1, 2):
         sys.stderr.write("error: give the job's file: python -m train.tasks JOB.json [LEASE_S]\n")
         return 2
     try:
-        work(FilterJob.read(Path(arguments[0])), lease_s=float(arguments[1]) if arguments[1:] else LEASE_S)
+        work(read_job(Path(arguments[0])), lease_s=float(arguments[1]) if arguments[1:] else LEASE_S)
     except ValueError as error:
         if os.environ.get("SFUMATO_TRACEBACK"):
             traceback.print_exc()

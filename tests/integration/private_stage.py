@@ -35,6 +35,12 @@ OVERRIDES = (
 )
 
 
+UNIFIED = (
+    "model={name: unified, width: 32, depth: 2, heads: 2, image_size: 8, channels: 1, patch_size: 4, "
+    "max_caption_tokens: 12, modality_experts: true, num_experts: 2}",
+    "documents={row_tokens: 60, bounds: [36, 44, 60]}",
+    "objective.balancing=row",
+)
 CASES: dict[str, tuple[str, ...]] = {
     "two_pass": ("privacy.clipping=two_pass",),
     "kept_gradients": ("privacy.clipping=kept_gradients",),
@@ -50,6 +56,8 @@ CASES: dict[str, tuple[str, ...]] = {
         "objective.noise_draws=2",
     ),
     "users": ("privacy.unit=user", "privacy.max_records_per_user=3", "train.batch_size=5"),
+    "unified": (*UNIFIED, "objective.noise_draws=2", "privacy.clipping=two_pass"),
+    "unified_groups": (*UNIFIED, "privacy.clipping=group_wise"),
 }
 
 

@@ -52,16 +52,17 @@ QUICK = {
         *(f"group_wise:{backend}" for backend in SHARDED),
     ],
 }
+UNIFIED = ("unified", "unified_groups")
 FLAT = ("two_pass", "kept_gradients", "sparse", "checkpointed", "banded", "users")
 THOROUGH = {
     1: [
-        *(f"{case}:single" for case in (*FLAT, "group_wise", "bf16", "compiled")),
+        *(f"{case}:single" for case in (*FLAT, *UNIFIED, "group_wise", "bf16", "compiled")),
         *(f"{case}:{backend}" for case in ("two_pass", "group_wise") for backend in SHARDED),
     ],
-    2: [f"{case}:{backend}" for case in ("sparse", "banded", "users", "bf16") for backend in SHARDED]
+    2: [f"{case}:{backend}" for case in ("sparse", "banded", "users", "bf16", *UNIFIED) for backend in SHARDED]
     + [f"checkpointed:{backend}" for backend in SHARDED if backend != "zero3"]
     + [f"compiled:{backend}" for backend in ("ddp", "fsdp2", "zero2")],
-    3: [f"{case}:{backend}" for case in ("two_pass", "group_wise", "sparse") for backend in SHARDED]
+    3: [f"{case}:{backend}" for case in ("two_pass", "group_wise", "sparse", "unified") for backend in SHARDED]
     + [f"kept_gradients:{backend}" for backend in SHARDED if backend != "zero3"],
 }
 TOLERANCE = {"bf16": 2e-2}  # products of eight bits are summed in another order; everything else is fp32
@@ -97,7 +98,7 @@ def prepare(folder: Path, case: str) -> None:
             f"u{i // 4:04d}" if case == "users" else f"r{i:04d}",
             encode_png(Image.fromarray(shades)),
             i % 10,
-            None,
+            "words of any length"[: 3 + i % 13] if case.startswith("unified") else None,
         )
         for i, shades in enumerate(generator.integers(0, 256, (100, 8, 8), dtype=np.uint8))
     )

@@ -201,7 +201,7 @@ def test_fp32_state_loads_bit_for_bit_under_every_backend_and_world_size(base: P
 def test_a_new_model_has_the_same_weights_under_every_backend_and_world_size(base: Path, where: str) -> None:
     stage = stage_for("public", "single")
     assert stage.model is not None
-    whole = DiT(DiTConfig(**stage.model.model_dump(exclude={"name"})))
+    whole = DiT(DiTConfig(**stage.model.model_dump()))
     whole.init_weights(torch.Generator().manual_seed(SEED))
     checkpoint = latest(checkpoints(base, f"new_{where}"))
     assert checkpoint is not None

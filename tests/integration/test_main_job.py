@@ -18,11 +18,10 @@ from privacy.ledger import read_ledger
 from privacy.pii.manifests import merkle_root, read_manifests, verify_shards
 from tests.integration.short_run import ROOT, launch, launch_command
 from train.config import EvalStage
-from train.generation import build, generate
+from train.generation import build, generate, objective_of
 from train.loop import load_average
 from train.recipe import load_stage
 from train.run_folder import RunFolder
-from train.stages import objective_of
 
 EVAL = ("--set", "eval.samples_per_class=10", "--set", "eval.sampler_steps=6", "--set", "eval.minimum_fidelity={}")
 
@@ -102,7 +101,7 @@ def test_the_export_samples_the_same_images_in_a_new_process(finished: Path, tmp
     run, labels = RunFolder.open(finished, "digits"), torch.arange(10)
     config, weights, _ = load_average(run, "finetune_dp")
     settings = {"seed": 3, "sampler": "heun", "steps": 4, "guidance": 2.0}
-    expected = generate(build(config, weights), objective_of(run, "finetune_dp"), labels, **settings)
+    expected = generate(build(config, weights), objective_of(run, "finetune_dp", config), labels, **settings)
     code = f"""
 import sys, torch
 from pathlib import Path

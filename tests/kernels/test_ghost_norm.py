@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -87,10 +88,34 @@ def test_as_outer_products_they_are_the_same_gradients(kind: str, N: int) -> Non
     check(found.outer_products(), gradients, None)
 
 
-@pytest.mark.parametrize("N", [1, 5, 33])
-def test_several_uses_together_have_their_cross_terms(N: int) -> None:
-    (products, first), (rows, second) = outer_products(4, N, 5, 6), row_sums(4, N, 6, 5)
+@pytest.mark.parametrize(("N", "V", "D"), [(1, 6, 5), (5, 6, 5), (33, 6, 5), (2, 60, 50), (12, 200, 100)])
+def test_several_uses_together_have_their_cross_terms(N: int, V: int, D: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a table without its one-hot rows, whether its gradient is formed or not."""
+    monkeypatch.setattr(F, "one_hot", lambda *_: pytest.fail("one-hot rows of the table's height"))
+    (products, first), (rows, second) = outer_products(4, N, D, V), row_sums(4, N, V, D)
     check(together([products, rows, products]), 2 * first + second, None)
+    check(together([rows, products]), first + second, None)
+    check(together([rows, rows]), 2 * second, None)
+    check(together([products, products]), 2 * first, None)
+
+
+@pytest.mark.parametrize(("N", "V", "D"), [(5, 6, 5), (2, 60, 50)])
+def test_a_tables_uses_that_cancel_have_a_norm_above_what_is_left_and_infinities_stay_alone(
+    N: int, V: int, D: int
+) -> None:
+    rows, values, shape = indices(3, N, high=V), draw(3, N, D, dtype=torch.float32), torch.Size([V, D])
+
+    def both() -> PerRecordGradient:
+        one_hot = F.one_hot(rows, V).float()[:, None]
+        return together([RowSums(rows, values, shape), OuterProducts(one_hot, -values[:, None], shape)])
+
+    uses = both()
+    norms_B, total = uses.squared_norms().sqrt(), uses.weighted_sum(RecordWeights(torch.tensor([0.0, 0.0, 1.0])))
+    assert total.norm() <= norms_B[2]
+    assert (norms_B >= 9e-4 * values.norm(dim=2).sum(1)).all()
+    values[1] = torch.nan
+    assert torch.isfinite(both().squared_norms()).tolist() == [True, False, True]
+    assert torch.isfinite(both().weighted_sum(RecordWeights(torch.tensor([1.0, 0.0, 1.0])))).all()
 
 
 @settings(max_examples=40, deadline=None)

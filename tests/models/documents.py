@@ -15,7 +15,9 @@ from models.unified import Unified, UnifiedConfig
 
 CHANNELS, PATCH = 2, 2
 LAYOUT = Layout(ByteTokenizer(), CHANNELS, PATCH)
-SMALL = UnifiedConfig(width=32, depth=2, heads=2, vocab_size=261, channels=CHANNELS, patch_size=PATCH)
+SMALL = UnifiedConfig(
+    width=32, depth=2, heads=2, image_size=8, max_caption_tokens=64, channels=CHANNELS, patch_size=PATCH
+)
 KINDS = {
     "dense": {},
     "modality_experts": {"modality_experts": True},

@@ -209,7 +209,7 @@ def test_forward_flops_are_those_the_counter_sees(size: str, image_size: int, ch
         x, t, y = torch.empty(3, channels, image_size, image_size), torch.empty(3), torch.zeros(3, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(x, t, y)
-    assert model.forward_flops(3) == pytest.approx(counter.get_total_flops(), rel=0.01)
+    assert model.config.forward_flops(3) == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
 @pytest.fixture(params=["reference", "triton"])
@@ -236,12 +236,12 @@ def test_every_kernels_flops_are_counted(kernels: str) -> None:
     model, (x, t, y) = filled(ONE_HEAD), batch()
     with FlopCounterMode(display=False) as counter:
         loss = model(x, t, y).sum()
-        assert counter.get_total_flops() == pytest.approx(model.forward_flops(4), rel=0.01)
+        assert counter.get_total_flops() == pytest.approx(model.config.forward_flops(4), rel=0.01)
         attention = 4 * ONE_HEAD.num_tokens**2 * ONE_HEAD.width * ONE_HEAD.depth * 4
         loss.backward()
     # a backward is two forwards, but for attention's, which recomputes its scores; the first layer's input has none
     first = 2 * 4 * ONE_HEAD.num_tokens * ONE_HEAD.patch_features * ONE_HEAD.width
-    expected = 3 * model.forward_flops(4) + attention / 2 - first
+    expected = 3 * model.config.forward_flops(4) + attention / 2 - first
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.01)
 
 

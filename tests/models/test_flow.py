@@ -9,7 +9,7 @@ from torch import Tensor
 from models.dit import DiT, DiTConfig
 from models.flow import EPSILON_START, Model, Objective, Sampler, drop_labels, sample
 
-PREDICTIONS = ["flow", "epsilon", "v"]
+PREDICTIONS = ["flow", "x0", "epsilon", "v"]
 SAMPLERS = get_args(Sampler)
 MEAN, STD = 0.3, 0.4
 
@@ -26,7 +26,7 @@ def exact_gaussian_model(prediction: str, mean: float = MEAN, std: float = STD) 
         alpha, sigma = path(t_B.double().view(-1, *[1] * (x.ndim - 1)))
         residual = (x - alpha * mean) / (alpha**2 * std**2 + sigma**2)
         x0, noise = mean + alpha * std**2 * residual, sigma * residual
-        return {"flow": noise - x0, "epsilon": noise, "v": alpha * noise - sigma * x0}[prediction]
+        return {"flow": noise - x0, "x0": x0, "epsilon": noise, "v": alpha * noise - sigma * x0}[prediction]
 
     return model
 
@@ -57,8 +57,9 @@ def test_the_path_runs_from_data_to_noise(prediction: str) -> None:
 def test_the_loss_of_a_perfect_prediction_is_zero(prediction: str) -> None:
     x0, noise, t_B = normals(3, 2, 4, 4), normals(3, 2, 4, 4, seed=1), torch.tensor([0.1, 0.5, 0.9])
     t = t_B.view(3, 1, 1, 1)
-    alpha, sigma = {"flow": (1 - t, t)}.get(prediction, (torch.cos(math.pi / 2 * t), torch.sin(math.pi / 2 * t)))
-    target = {"flow": noise - x0, "epsilon": noise, "v": alpha * noise - sigma * x0}[prediction]
+    straight, turning = (1 - t, t), (torch.cos(math.pi / 2 * t), torch.sin(math.pi / 2 * t))
+    alpha, sigma = straight if prediction in ("flow", "x0") else turning
+    target = {"flow": noise - x0, "x0": x0, "epsilon": noise, "v": alpha * noise - sigma * x0}[prediction]
 
     def perfect(x_t: Tensor, t_B: Tensor, y_B: Tensor) -> Tensor:
         torch.testing.assert_close(x_t, alpha * x0 + sigma * noise)
@@ -119,7 +120,7 @@ def test_labels_drop_to_the_null_class_where_the_uniform_lies_under_the_probabil
 def test_data_and_noise_are_read_back_from_a_perfect_prediction(prediction: str) -> None:
     x0, noise, t = normals(5), normals(5, seed=1), torch.tensor(0.3)
     alpha, sigma = objective(prediction).path(t)
-    target = {"flow": noise - x0, "epsilon": noise, "v": alpha * noise - sigma * x0}[prediction]
+    target = {"flow": noise - x0, "x0": x0, "epsilon": noise, "v": alpha * noise - sigma * x0}[prediction]
     found_x0, found_noise = objective(prediction).data_and_noise(alpha * x0 + sigma * noise, t, target)
     torch.testing.assert_close(found_x0, x0)
     torch.testing.assert_close(found_noise, noise)
@@ -134,7 +135,7 @@ def test_velocity_is_the_slope_of_the_path(prediction: str) -> None:
         return alpha * x0 + sigma * noise
 
     alpha, sigma = objective(prediction).path(t)
-    target = {"flow": noise - x0, "epsilon": noise, "v": alpha * noise - sigma * x0}[prediction]
+    target = {"flow": noise - x0, "x0": x0, "epsilon": noise, "v": alpha * noise - sigma * x0}[prediction]
     velocity = objective(prediction).velocity(at(t), t, target)
     torch.testing.assert_close(velocity, (at(t + h) - at(t - h)) / (2 * h), rtol=1e-6, atol=1e-8)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,6 +15,7 @@ from kernels.moe import load_variation
 from kernels.per_record import Site
 from models.moe import MixtureOfExperts, Routed
 from models.unified_objective import UnifiedObjective
+from train.parallel import join_world
 
 WIDTH, HIDDEN = 8, 6
 SHAPES = [(1, 1, 2), (3, 1, 1), (4, 2, 1), (3, 3, 1), (2, 1, 2), (3, 2, 2)]  # experts a modality, top_k, modalities
@@ -95,6 +97,24 @@ def test_a_private_step_computes_the_same(shape: tuple[int, int, int]) -> None:
     model.experts.site = Site("experts", len(x), torch.zeros((), requires_grad=True))
     torch.testing.assert_close(model(x, modality, present)[0], expected)
     assert len(model.experts.site.uses) == 2, "of up and of down"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_experts_that_are_sent_their_tokens_give_the_same(shape: tuple[int, int, int]) -> None:
+    """By a rank to itself; tests/integration/test_expert_parallel.py has more ranks."""
+    model, (x, modality, present) = mixture(*shape), inputs(shape[2])
+    expected = model(x, modality, present)[0]
+    wanted = torch.autograd.grad(expected.square().sum(), list(model.parameters()))
+    join_world()
+    assert dist.group.WORLD is not None
+    model.experts.spread(dist.group.WORLD)
+    out = model(x, modality, present)[0]
+    torch.testing.assert_close(out, expected)
+    found = torch.autograd.grad(out.square().sum(), list(model.parameters()))
+    torch.testing.assert_close(found, wanted)
+    model.experts.site = Site("experts", len(x), torch.zeros((), requires_grad=True))
+    with pytest.raises(ValueError, match="experts are spread over ranks"):
+        model(x, modality, present)
 
 
 @settings(max_examples=20, deadline=None)

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from models.dit import DiTConfig
 from train import benchmarks_privacy
 from train.benchmarks import fixed_losses, interleaved, one_process, ratio
-from train.config import DiTModel
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = DiTModel(name="dit", width=32, depth=1, heads=2, image_size=8, channels=3, num_classes=10)
+TINY = DiTConfig(width=32, depth=1, heads=2, image_size=8, channels=3, num_classes=10)
 
 
 def test_each_round_begins_with_another_work() -> None:

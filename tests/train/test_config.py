@@ -6,6 +6,7 @@ import pytest
 
 from train import ROOT
 from train.config import FinetuneStage, PretrainStage, check_batch
+from train.expert_parallel import require_even
 from train.hardware import find_hardware, known_hardware
 from train.recipe import ConfigError, load_recipe, load_stage, model_of
 
@@ -113,6 +114,7 @@ def test_an_override_nobody_has_is_refused(override: str, says: str) -> None:
         ("privacy.target_epsilon=0", "privacy.target_epsilon is 0: it should be greater than 0"),
         ("privacy.dataset_cap=0.5", "above privacy.dataset_cap 0.5: lower the target or raise the cap"),
         ("pretrain.split=private", "a pretrain stage gives no privacy"),
+        ("pretrain.split=private_test", "split is private_test, but a pretrain stage gives no privacy"),
         ("finetune_dp.parallel.backend=zero3 privacy.clipping=kept_gradients", "set privacy.clipping to auto"),
         (
             "privacy.adaptive_bounds={quantile: 0.5}",
@@ -135,6 +137,26 @@ def test_an_override_nobody_has_is_refused(override: str, says: str) -> None:
         ("export.init_from=eval", "which is of kind eval; it can be pretrain or finetune_dp"),
         ("pretrain.optim.warmup_steps=100000", "more than train.steps"),
         ("model.num_classes=0", "model.num_classes is 0"),
+        (
+            "pretrain.parallel={backend: zero2, nproc: 2, expert_parallel: 2}",
+            "parallel.expert_parallel is 2 under parallel.backend zero2, which keeps all experts together: choose ddp",
+        ),
+        (
+            "pretrain.parallel={backend: ddp, nproc: 4, expert_parallel: 3}",
+            "parallel.expert_parallel is 3, and parallel.nproc 4: let one divide the other",
+        ),
+        (
+            "pretrain.parallel={backend: ddp, nproc: 4, expert_parallel: 2, min_ranks: 3}",
+            "parallel.min_ranks is 3 with parallel.expert_parallel 2",
+        ),
+        (
+            "pretrain.parallel={backend: ddp, nproc: 2, expert_parallel: 2}",
+            "parallel.expert_parallel is 2, but the model has no experts to spread: set it to 1",
+        ),
+        (
+            "finetune_dp.parallel={backend: fsdp2, nproc: 2, expert_parallel: 2}",
+            "parallel.expert_parallel is 2 in a private stage",
+        ),
     ],
 )
 def test_a_wrong_value_is_refused_by_file_and_key(override: str, says: str) -> None:
@@ -219,6 +241,13 @@ def test_a_batch_is_checked_against_the_ranks_there_are() -> None:
     assert isinstance(stage, PretrainStage)
     with pytest.raises(ValueError, match="3 ranks"):
         check_batch(stage, 3)
+
+
+@pytest.mark.parametrize(("num_experts", "parts"), [(6, 4), (2, 4), (3, 2)])
+def test_experts_that_do_not_divide_are_refused_with_the_parts_that_do(num_experts: int, parts: int) -> None:
+    with pytest.raises(ValueError, match=f"{parts}, which does not divide a layer's {num_experts} experts") as error:
+        require_even(num_experts, parts)
+    assert str(error.value).endswith({6: "1, 2, 3 or 6", 2: "1 or 2", 3: "1 or 3"}[num_experts])
 
 
 @pytest.mark.parametrize(

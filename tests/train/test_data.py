@@ -209,26 +209,24 @@ def test_a_batch_of_nothing_is_refused() -> None:
 
 
 def test_the_prefetcher_gives_what_the_dataset_gives_one_step_ahead(folder: Path) -> None:
-    dataset, drawn = ShardDataset(folder, "public"), list[tuple[int, str]]()
+    dataset, loaded = ShardDataset(folder, "public"), list[tuple[int, str]]()
 
-    def draw(step: int) -> np.ndarray:
-        drawn.append((step, threading.current_thread().name))
-        return public_batch(0, step, 3, len(dataset))
+    def load(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        loaded.append((step, threading.current_thread().name))
+        return dataset.batch(public_batch(0, step, 3, len(dataset)), 1, 8)
 
-    with Prefetcher(dataset, draw, 1, 8, num_steps=3) as prefetcher:
+    with Prefetcher(load, num_steps=3) as prefetcher:
         for step in range(3):
-            indices, images, labels = prefetcher.fetch(step)
+            images, labels = prefetcher.fetch(step)
             expected, classes = dataset.batch(public_batch(0, step, 3, len(dataset)), 1, 8)
             assert torch.equal(images, expected) and torch.equal(labels, classes)
-            assert indices.tolist() == public_batch(0, step, 3, len(dataset)).tolist()
-    assert [step for step, _ in drawn] == [0, 1, 2]  # each once, none past the end
-    assert all(name.startswith("prefetch") for _, name in drawn)
+    assert [step for step, _ in loaded] == [0, 1, 2]  # each once, none past the end
+    assert all(name.startswith("prefetch") for _, name in loaded)
 
 
-def test_a_step_out_of_turn_is_loaded_anew(folder: Path) -> None:
-    dataset = ShardDataset(folder, "public")
-    with Prefetcher(dataset, lambda step: np.array([step]), 1, 8, num_steps=9) as prefetcher:
-        assert [prefetcher.fetch(step).indices.tolist() for step in (0, 7, 3, 4)] == [[0], [7], [3], [4]]
+def test_a_step_out_of_turn_is_loaded_anew() -> None:
+    with Prefetcher(lambda step: 10 * step, num_steps=9) as prefetcher:
+        assert [prefetcher.fetch(step) for step in (0, 7, 3, 4)] == [0, 70, 30, 40]
 
 
 def test_what_fails_in_the_thread_is_raised_by_the_fetch_of_that_step(folder: Path) -> None:
@@ -236,9 +234,9 @@ def test_what_fails_in_the_thread_is_raised_by_the_fetch_of_that_step(folder: Pa
     tar = folder / "public-00001.tar"
     tar.write_bytes(tar.read_bytes().replace(b"caption 4", b"caption X"))
     before = threading.active_count()
-    with Prefetcher(dataset, lambda step: np.array([step]), 1, 8, num_steps=9) as prefetcher:
+    with Prefetcher(lambda step: dataset.batch([step], 1, 8)[1].tolist(), num_steps=9) as prefetcher:
         prefetcher.fetch(3)
         with pytest.raises(ShardError, match="r004"):
             prefetcher.fetch(4)
-        assert prefetcher.fetch(5).indices.tolist() == [5]
+        assert prefetcher.fetch(5) == dataset.labels[[5]].tolist()
     assert threading.active_count() == before

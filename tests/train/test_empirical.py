@@ -11,6 +11,7 @@ import torch
 import train.empirical
 from models.dit import DiT, DiTConfig
 from privacy.empirical import audit_one_run
+from tests.train.unified_models import config, filled
 from train import ROOT
 from train.config import FinetuneStage
 from train.empirical import (
@@ -25,6 +26,7 @@ from train.empirical import (
     throwaway_stage,
 )
 from train.recipe import load_stage
+from train.shards import Record
 
 MODEL = DiTConfig(width=48, depth=2, heads=2, image_size=8, channels=1, patch_size=2, num_classes=10)
 SECRET = bytes(range(32))
@@ -32,7 +34,9 @@ SMALL: dict[str, Any] = {"canaries": 200, "guesses": 100, "steps": 10, "sampling
 
 
 class BlankRecords:
-    """Ten public records."""
+    """Ten public records, without captions."""
+
+    caption_bytes = np.full(10, -1)
 
     def __len__(self) -> int:
         return 10
@@ -44,6 +48,13 @@ class BlankRecords:
         generator = torch.Generator().manual_seed(len(indices))
         images = torch.rand(len(indices), channels, image_size, image_size, generator=generator) * 2 - 1
         return images, torch.as_tensor(indices) % 10
+
+    def captioned(self, indices: np.ndarray, channels: int, image_size: int) -> tuple[torch.Tensor, list[str | None]]:
+        images, _ = self.batch(indices, channels, image_size)
+        return images, [None] * len(images)
+
+    def read(self, index: int) -> Record:
+        return Record(f"r{index}", f"r{index}", b"", None, None)
 
 
 SPLIT = CanarySplit(BlankRecords(), 10, SMALL["canaries"])
@@ -205,3 +216,20 @@ def test_a_check_that_could_not_see_a_broken_engine_is_refused(stage: FinetuneSt
         ValueError, match=r"empirical\.guesses is 10 on 200 canaries: all right, they show epsilon 1\.0"
     ):
         check_engine(stage, MODEL, fresh_model().state_dict(), BlankRecords(), SECRET, **settings)
+
+
+@pytest.mark.parametrize("experts", [{}, {"modality_experts": True, "num_experts": 2}])
+def test_a_canary_of_a_unified_model_releases_its_direction_at_the_bound_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, experts: dict[str, Any]
+) -> None:
+    """As above, through packed documents and two noise draws: norms, embeddings and experts get nothing of a canary."""
+    monkeypatch.setattr(train.empirical, "fair_coins", lambda key, count: np.arange(count) % 2 == 0)
+    overrides = ["objective.noise_draws=2", "documents.row_tokens=160", "privacy.clipping=two_pass"]
+    loaded = load_stage(ROOT / "configs/shapes/40_finetune_dp.yaml", overrides)
+    assert isinstance(loaded, FinetuneStage)
+    model = filled(config(max_caption_tokens=48, **experts))
+    once = throwaway_stage(loaded, 1, 1.0, 6, 2.0)
+    canaries_alone = CanarySplit(BlankRecords(), 0, 6)
+    found = attack_engine(Noiseless, once, model, canaries_alone, tmp_path / "ledger.jsonl", SECRET)
+    assert found.included.tolist() == [True, False] * 3
+    assert np.allclose(found.scores, found.included, atol=0.1)  # nearly orthogonal directions

@@ -26,7 +26,7 @@ from train import ROOT
 from train.filter_job import FilterJob
 from train.filtering import filter_shards
 from train.shards import Record
-from train.tasks import main, work
+from train.tasks import main, read_job, work
 
 DROP = Policy(captions={"email": "drop"})
 COPIES = DuplicatesConfig(smallest_side=8)
@@ -232,8 +232,8 @@ def worker(job: FilterJob, lease_s: float = 30, **env: str) -> subprocess.Popen[
 def test_two_workers_share_the_work_of_one_folder(folder: Path, unbroken: Any) -> None:
     job = job_of(folder)
     job.begin()
-    mine = FilterJob.read(job.path)
-    other = threading.Thread(target=work, args=[FilterJob.read(job.path)])
+    mine = read_job(job.path)
+    other = threading.Thread(target=work, args=[read_job(job.path)])
     other.start()
     do(mine)
     other.join()
@@ -303,9 +303,9 @@ def test_damage_counts_over_all_workers(tmp_path: Path) -> None:
     job = plan(tmp_path, max_quarantine_fraction=0.2)
     job.begin()
     assert in_a_fork(job, "task.leased:4") == -signal.SIGKILL
-    assert FilterJob.read(job.path).look() == (12, 16)
+    assert read_job(job.path).look() == (12, 16)
     with pytest.raises(ValueError, match=r"4 of the first 16 records \(of 16\) are damaged.*\(malformed_png 4\): see"):
-        work(FilterJob.read(job.path))
+        work(read_job(job.path))
 
 
 # --- what stands is not taken on trust ---
@@ -408,8 +408,8 @@ def test_a_folder_that_may_not_be_written_is_named(folder: Path, monkeypatch: py
 def test_a_job_is_told_as_json_and_holds_no_secret(folder: Path) -> None:
     job = job_of(folder)
     job.begin()
-    assert FilterJob.read(job.path) == job
+    assert read_job(job.path) == job
     assert json.loads(job.path.read_bytes())["shards"][0]["name"] == "private-00000"
     job.path.write_text("{}")
-    with pytest.raises(ValueError, match=r"is no job of the filter stage as it is now: start the stage again"):
-        FilterJob.read(job.path)
+    with pytest.raises(ValueError, match=r"is no job of a stage as it is now: start the stage again"):
+        read_job(job.path)

@@ -176,17 +176,17 @@ def test_online_wandb_without_a_network_is_a_clear_error(tmp_path: Path, server:
 # --- throughput and curves -----------------------------------------------------------------------------------------
 
 
-def test_throughput_counts_three_forwards_an_image() -> None:
+def test_throughput_counts_three_forwards() -> None:
     now = iter([10.0, 12.0, 15.0])
-    throughput = Throughput(forward_flops=2e9, peak_flops=1.2e12, clock=lambda: next(now))
-    throughput.count(60)
-    throughput.count(40)
+    throughput = Throughput(peak_flops=1.2e12, clock=lambda: next(now))
+    throughput.count(60, 120e9)
+    throughput.count(40, 80e9)
     assert throughput.read() == pytest.approx({"images_per_s": 50.0, "tflops": 0.3, "mfu": 0.25})
     assert throughput.read() == pytest.approx({"images_per_s": 0.0, "tflops": 0.0, "mfu": 0.0})
 
 
 def test_without_a_known_peak_the_mfu_is_not_available() -> None:
-    assert Throughput(forward_flops=1.0, peak_flops=None).read()["mfu"] is None
+    assert Throughput(peak_flops=None).read()["mfu"] is None
     assert format_mfu(None) == "n/a"
     assert format_mfu(0.4125) == "41.2%"
 

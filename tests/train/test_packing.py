@@ -14,7 +14,7 @@ from models.tokenizer import ByteTokenizer
 from models.unified_objective import Totals, UnifiedObjective
 from tests.models.documents import LAYOUT, draws, filled, picture, text
 from tests.privacy.clipped_sums import clipped_sum
-from train.benchmarks_packing import LONGEST_CAPTION, captions, packing
+from train.benchmarks_packing import EMOJI_BY_CAPTION_BYTES, captions, packing
 from train.data import public_batch
 from train.packing import (
     Portion,
@@ -289,10 +289,10 @@ def test_an_image_goes_to_the_bucket_of_its_form() -> None:
 # what it saves
 
 
-def test_packing_saves_what_is_promised_on_captions_like_those_of_emoji() -> None:
+def test_packing_saves_what_is_promised_on_the_captions_of_emoji() -> None:
+    assert sum(EMOJI_BY_CAPTION_BYTES) == 3786
     lengths = captions(1, 3786)
-    assert sorted(lengths)[len(lengths) // 2] in (14, 15, 16) and max(lengths) <= LONGEST_CAPTION
-    assert abs(sum(lengths) / len(lengths) - 16.5) < 0.5
+    assert sorted(lengths)[len(lengths) // 2] in (13, 14, 15) and abs(sum(lengths) / len(lengths) - 15.5) < 0.5
     rows = {row["name"]: row for row in packing(timed=False)}
     assert len(rows) == 16 and all(row.get("ok") is not False for row in rows.values())
     for kind in ("latents", "pixels"):

@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from models.moe import MixtureOfExperts
+from train.config import Optim, Parallel
+from train.parallel import join_world, shard_model
+
 ROOT = Path(__file__).resolve().parents[2]
 
 BUILD = """
@@ -30,3 +34,11 @@ def test_a_start_under_deepspeed_compiles_nothing(tmp_path: Path, backend: str) 
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_ranks_that_experts_do_not_fall_on_evenly_are_refused() -> None:
+    """Of one rank, which only the world's size at the start can tell."""
+    parallel, optim = Parallel(backend="ddp", nproc=2, expert_parallel=2), Optim(learning_rate=1e-3)
+    module = MixtureOfExperts(8, 8, num_experts=2, top_k=1, num_modalities=1)
+    with pytest.raises(ValueError, match="expert_parallel is 2, which does not divide the 1 ranks: choose 1"):
+        shard_model(module, join_world(), parallel, optim, microbatch_size=1, bf16=False)

@@ -136,7 +136,7 @@ def test_a_trained_detector_of_names_does_not_get_worse_on_captions_that_it_was_
     made = train_names(tmp_path / "names", 3, 0, lambda *_: None)
     policy = Policy(detectors=("patterns", "names"), names=Names(model=str(tmp_path / "names"), digest=made["digest"]))
     found = measure_policy(policy, open_policy(policy), captions=6000, pictures=0, seed=1, progress=lambda _: None)
-    assert found["recall.person"].rate >= 0.90 and found["recall.address"].rate >= 0.90
+    assert found["recall.person"].rate >= 0.93 and found["recall.address"].rate >= 0.90
     assert found["leak"].rate <= 0.10 and found["leak.drop_on_uncertain"].rate <= 0.02
     assert found["changed.plain"].rate <= 0.06 and found["lost.plain"].rate <= 0.05
     assert found["false_alarms.emoji.person"].rate <= 0.04

@@ -4,20 +4,20 @@ import pytest
 import torch
 from PIL import Image
 
-from models.dit import DiT
+from models.dit import DiT, DiTConfig
 from privacy.ledger import Ledger
 from train import ROOT
-from train.config import DiTModel, FinetuneStage, Parallel, TrainStage
+from train.config import FinetuneStage, TrainStage
 from train.images import encode_png
 from train.launchers import Placement
-from train.plan import activation_bytes, count_records, plan, plan_memory, plan_privacy
+from train.plan import count_records, plan, plan_memory, plan_privacy
 from train.recipe import ConfigError, load_recipe
 from train.shards import Record, write_shards
 
 DIGITS = ROOT / "configs" / "digits"
 XL2 = ROOT / "configs" / "imagenet_dit_xl2"
-NANO = DiTModel(name="dit", size="nano", image_size=8, channels=1, patch_size=2, num_classes=10)
-SMALL = DiTModel(name="dit", width=64, depth=6, heads=4, image_size=16, channels=4, patch_size=2, num_classes=10)
+NANO = DiTConfig(size="nano", image_size=8, channels=1, patch_size=2, num_classes=10)
+SMALL = DiTConfig(width=64, depth=6, heads=4, image_size=16, channels=4, patch_size=2, num_classes=10)
 
 
 def finetune(*overrides: str) -> FinetuneStage:
@@ -47,7 +47,7 @@ def test_dit_xl2_is_planned_with_its_parameters_memory_and_epsilon_and_nothing_i
 
 
 @pytest.mark.parametrize("model", [NANO, SMALL], ids=["nano", "small"])
-def test_activations_are_estimated_within_a_tenth_of_what_autograd_keeps(model: DiTModel) -> None:
+def test_activations_are_estimated_within_a_tenth_of_what_autograd_keeps(model: DiTConfig) -> None:
     network = DiT(model)
     network.init_weights(torch.Generator().manual_seed(0))
     weights = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
@@ -63,15 +63,11 @@ def test_activations_are_estimated_within_a_tenth_of_what_autograd_keeps(model: 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         network(images, torch.rand(16), torch.zeros(16, dtype=torch.long))
     measured = sum(storage.nbytes() for storage in kept.values())
-    assert activation_bytes(model, 16, 4, Parallel(backend="single")) == pytest.approx(measured, rel=0.1)
+    assert 16 * model.num_tokens * 4 * model.kept_elements() == pytest.approx(measured, rel=0.1)
 
 
 def test_activation_checkpointing_keeps_less() -> None:
-    kept = [
-        activation_bytes(NANO, 8, 4, Parallel(backend="single", activation_checkpointing=flag))
-        for flag in (True, False)
-    ]
-    assert kept[0] < kept[1]
+    assert NANO.kept_elements(checkpointed=True) < NANO.kept_elements()
 
 
 @pytest.mark.parametrize(

@@ -335,6 +335,75 @@ def test_of_images_with_one_name_none_is_taken_for_the_right_one(tmp_path: Path)
     assert [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")] == []
 
 
+def test_classes_go_to_the_splits_of_their_part_and_keep_one_numbering(tmp_path: Path) -> None:
+    folder = image_folder(tmp_path / "images")
+    parts = [
+        {"folder": str(folder), "classes": ["cats"], "splits": {"public": 0.5, "test": 0.5}},
+        {"folder": str(folder), "classes": ["big_dogs"], "splits": {"private": 0.5, "private_test": 0.5}},
+    ]
+    metrics = run(tmp_path / "out", config(kind="image_folder", parts=parts))
+    assert metrics["class_names"] == ("big_dogs", "cats")
+    found = all_records(tmp_path / "out", metrics).values()
+    assert {(split, record.label) for split, record in found} == {
+        ("public", 1), ("test", 1), ("private", 0), ("private_test", 0),
+    }  # fmt: skip
+
+
+def test_a_class_that_is_not_there_or_is_in_two_parts_is_named(tmp_path: Path) -> None:
+    folder = image_folder(tmp_path / "images")
+
+    def parts(*classes: list[str] | None) -> Config:
+        given = [{"folder": str(folder), "classes": names, "splits": {"public": 1}} for names in classes]
+        return config(kind="image_folder", parts=given)
+
+    with pytest.raises(ValueError, match=r"part 1: .* has no images of class birds: choose from big_dogs, cats"):
+        run(tmp_path / "out", parts(["cats"], ["big_dogs", "birds"]))
+    with pytest.raises(
+        ValidationError, match=r"parts 0 and 1 both take cats of .* give each part `classes` of its own"
+    ):
+        parts(["cats"], ["big_dogs", "cats"])
+    with pytest.raises(ValidationError, match="parts 0 and 1 both take cats"):
+        parts(None, ["cats"])
+    with pytest.raises(ValidationError, match="parts 0 and 1 both take every class"):
+        parts(None, None)
+
+
+def captioned_folder(folder: Path, captions: int = 30, images: int = 4) -> Path:
+    for n in range(captions * images):
+        place = folder / ("people" if n % 3 else "hands") / f"{n:03d}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(grey(n))
+        place.with_suffix(".txt").write_text(f"number {n % captions}\n")
+    return folder
+
+
+def test_images_of_one_caption_are_one_unit_in_one_split_whatever_their_classes(tmp_path: Path) -> None:
+    part = {"folder": str(captioned_folder(tmp_path / "images")), "splits": HALVES}
+    metrics = run(tmp_path / "out", config(kind="image_folder", parts=[part], unit="caption"))
+    found = all_records(tmp_path / "out", metrics)
+    homes = {(record.caption, record.unit, split) for split, record in found.values()}
+    assert len(homes) == 30 and {split for _, _, split in homes} == set(HALVES)
+    for caption, unit, _ in homes:  # the unit is named by a record, for a caption's digest tells who guesses it
+        assert unit == min(key for key, (_, record) in found.items() if record.caption == caption)
+    (tmp_path / "images" / "hands" / "zzz.png").write_bytes(grey(0))
+    again = run(tmp_path / "again", config(kind="image_folder", parts=[part], unit="caption"))
+    later = all_records(tmp_path / "again", again)
+    assert all(later[key] == where for key, where in found.items())
+
+
+def test_a_caption_that_would_be_on_two_sides_is_refused_and_not_told(tmp_path: Path) -> None:
+    folder = captioned_folder(tmp_path / "images")
+    parts = [
+        {"folder": str(folder), "classes": ["hands"], "splits": {"public": 1}},
+        {"folder": str(folder), "classes": ["people"], "splits": {"private": 1}},
+    ]
+    settings = config(kind="image_folder", parts=parts, unit="caption")
+    (folder / "people" / "001.txt").write_text("number 0")
+    with pytest.raises(ValueError, match=r"0/hands/000 and 1/people/001 have one caption.* give hands and people"):
+        run(tmp_path / "out", settings)
+    assert not list((tmp_path / "out").glob("[!.]*"))
+
+
 def test_a_drawing_beside_an_image_goes_with_it(tmp_path: Path) -> None:
     folder = image_folder(tmp_path / "images", 6)
     (folder / "cats" / "1.svg").write_bytes(b"<svg/>")

@@ -21,9 +21,10 @@ from privacy.noise import GaussianNoise
 from privacy.sampling import PoissonSampler
 from privacy.secrets import create_key_file, load_master_secret, signing_seed
 from train.config import FinetuneStage
-from train.data import Batch, ShardDataset
+from train.data import ShardDataset
 from train.heartbeat import Heartbeat
 from train.images import encode_png
+from train.labelled_images import LabelledImages
 from train.loop import Preempted, train
 from train.optim import ExponentialMovingAverage
 from train.parallel import World, join_world, shard_model
@@ -31,7 +32,7 @@ from train.private import ledger_name, mechanism_terms, num_units, open_mechanis
 from train.recipe import load_stage
 from train.run_folder import RunFolder, now
 from train.shards import Record, write_shards
-from train.step import Batches, PrivateStep
+from train.step import PrivateStep
 
 ROOT = Path(__file__).resolve().parents[2]
 NOISE, BOUND, MICROBATCH = 2.0, 0.01, 3
@@ -101,9 +102,8 @@ def dataset_of(run: RunFolder) -> ShardDataset:
 
 
 def model_of(stage: FinetuneStage) -> tuple[DiTConfig, DiT]:
-    assert stage.model is not None
-    config = DiTConfig(**{key: value for key, value in stage.model.model_dump().items() if key != "name"})
-    model = DiT(config)
+    assert isinstance(stage.model, DiTConfig)
+    config, model = stage.model, DiT(stage.model)
     generator = torch.Generator().manual_seed(0)
     model.init_weights(generator)
     with torch.no_grad():  # adaLN-Zero starts with layers that get no gradient
@@ -122,7 +122,8 @@ def private_step(run: RunFolder, stage: FinetuneStage) -> Iterator[PrivateStep]:
         )
         average = ExponentialMovingAverage(backend, stage.optim.ema_decay)
         clipper = stage_clipper(stage, config, backend, None)
-        yield PrivateStep(stage, Batches(stage, config, world), backend, average, clipper, mechanism, dataset)
+        batches = LabelledImages(stage, config, world, dataset)
+        yield PrivateStep(stage, batches, backend, average, clipper, mechanism)
 
 
 def calling(told: list[str], name: str, method: Callable[..., Any], *, after: bool = False) -> Callable[..., Any]:
@@ -187,7 +188,7 @@ def clipped_sum(step_once: PrivateStep, slots: np.ndarray) -> dict[str, torch.Te
     """What a step over these slots would hand to the noise."""
     backend, batches = step_once.backend, step_once.batches
     backend.module.zero_grad()
-    for batch in batches.of(0, len(slots), slots, step_once._load(slots)):
+    for batch in batches.of(batches.load(0, slots)):
         step_once.clipper.accumulate(backend, batch.losses, batch.present_B, last=batch.last)
     return {name: parameter.grad.clone() for name, parameter in backend.module.named_parameters()}  # type: ignore[union-attr]
 
@@ -198,7 +199,7 @@ def test_adding_one_user_moves_the_clipped_sum_by_no_more_than_the_bound(
 ) -> None:
     stage = stage_of(*USERS, f"privacy.clipping={clipping}")
     with private_step(run_with_plan(prepared, tmp_path / "run", stage), stage) as step_once:
-        unit_of, users = step_once.dataset.unit_of, step_once.mechanism._users  # pyright: ignore[reportPrivateUsage]
+        unit_of, users = step_once.batches.dataset.unit_of, step_once.mechanism._users  # pyright: ignore[reportPrivateUsage]
         assert users is not None
         slots = users.draw(np.arange(7), 0, 0)
         assert (slots >= 0).sum(1).tolist() == [min(4, int((unit_of == user).sum())) for user in range(7)]
@@ -217,14 +218,13 @@ def test_a_users_loss_is_the_mean_over_its_records_and_padding_counts_for_nothin
     stage = stage_of(*USERS, "objective.noise_draws=2")
     with private_step(run_with_plan(prepared, tmp_path / "run", stage), stage) as step_once:
         slots = np.array([[3, -1, -1, -1], [10, 7, 5, -1], [20, 21, 22, 23], [30, 31, -1, -1]])
-        mine, model = step_once._load(slots), step_once.backend.model
-        batches = list(step_once.batches.of(2, 4, slots, mine))
+        loaded, model = step_once.batches.load(2, slots), step_once.backend.model
+        batches = list(step_once.batches.of(loaded))
         assert [batch.present_B.tolist() for batch in batches] == [[True, True], [True, True]]
         of_users = torch.cat([batch.losses(model) for batch in batches])
         each = dict[int, float]()
-        for record in mine.indices.tolist():
-            alone = np.array([[record]])
-            (batch,) = step_once.batches.of(2, 1, alone, step_once._load(alone))
+        for record in loaded.records.indices.tolist():
+            (batch,) = step_once.batches.of(step_once.batches.load(2, np.array([[record]])))
             each[record] = batch.losses(model).item()
         expected = [np.mean([each[record] for record in row[row >= 0].tolist()]) for row in slots]
         assert of_users.tolist() == pytest.approx(expected, rel=1e-5)
@@ -240,11 +240,8 @@ def test_ranks_of_unequal_draw_run_equally_many_microbatches_of_one_size(prepare
     ).reshape(number, 3)
     shapes, present = set[tuple[int, ...]](), 0
     for rank in range(3):
-        batches = Batches(stage, config, World(rank, 3, torch.device("cpu")))
-        mine = batches.share(slots)
-        indices = mine[mine >= 0]
-        loaded = Batch(indices, *dataset.batch(indices, 1, 8))
-        parts = list(batches.of(0, number, mine, loaded))
+        batches = LabelledImages(stage, config, World(rank, 3, torch.device("cpu")), dataset)
+        parts = list(batches.of(batches.load(0, slots)))
         shapes.add(tuple(len(part.present_B) for part in parts))
         assert [part.last for part in parts] == [False] * (len(parts) - 1) + [True]
         present += sum(int(part.present_B.sum()) for part in parts)

@@ -49,6 +49,12 @@ def test_a_face_is_found_where_it_is(faces: FaceDetector) -> None:
     assert (box.entity, box.detector, box.version) == ("face", "faces", faces.version)
 
 
+def test_the_image_is_the_models_only_input(faces: FaceDetector) -> None:
+    """With weights that a caller might give, it runs at half the speed."""
+    assert [given.name for given in faces._session.get_inputs()] == ["input.1"]
+    assert not faces._session.get_overridable_initializers()
+
+
 @pytest.mark.parametrize("size", [16, 20, 32, 80, 160])
 def test_a_face_is_found_at_every_size(faces: FaceDetector, size: int) -> None:
     """The astronaut's face, `size` pixels wide, in an image of 256."""

@@ -1,5 +1,6 @@
 import json
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,15 @@ def test_sentences_are_a_function_of_the_chance_and_leave_the_global_one_alone(t
     state = random.getstate()
     assert list(sentences(training, 50)) == list(sentences(training, 50))
     assert random.getstate() == state
+
+
+def test_names_stand_beside_numbers_and_addresses_with_nothing_but_a_mark_between(training: Corpus) -> None:
+    """Else a name before a comma and a number is read as the beginning of an address."""
+    beside = 0
+    for sentence in sentences(training, 3000, "person"):
+        for entity, _, end in sentence.spans:
+            beside += entity == "person" and re.match(r"(, | - |; | \| |\n)\d", sentence.text[end:]) is not None
+    assert beside > 60
 
 
 def test_no_name_street_place_or_template_is_both_trained_on_and_held_out(training: Corpus, held_out: Corpus) -> None:
