@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from privacy.pii.findings import Box, Covered, Pixels
+from privacy.pii.findings import Box, Pixels
 from privacy.pii.onnx_models import load_model, open_session
 
 # B boxes, H x W cells of 4 x 4 pixels, T tiles
@@ -36,11 +36,6 @@ _MOST_WEAK = 5  # the best so many of a pass
 _SURE = 0.45  # not looked at again: no faceless picture of that half scored as much at first
 _TILE, _FACE = 96, 84  # pixels: what is looked at again, and the face in it
 _MIRRORED_FROM = 0.04  # below, no mirror image helps
-
-# Pixels of a pass. Further than the first from what is painted black no score rose by more than .023 (12 pictures of
-# the half "tune"), less than the weakest that is looked at; what is within them is seen with the second around it.
-_REACH, _CONTEXT = 64, 32
-_SURE_AGAIN = 0.30  # instead of _SURE, as a score of a piece may be less than of the whole: by .05 where that mattered
 
 _OVERLAP = 0.3  # intersection over union from which two boxes are one face
 
@@ -69,27 +64,15 @@ class FaceDetector:
         """The faces of each image, the surest first."""
         return [self._faces(image) for image in images]
 
-    def detect_again(self, covered: Sequence[Covered]) -> list[list[Box]]:
-        """The faces that come near what is covered, each pass seeing a piece of what it had seen, at the same scale.
-
-        After covering a face may show there that did not before: what was covered too little, and what had stood behind
-        a surer box, with which it shares pixels. Further off no pixel has changed, nor, by as much as proposes a place,
-        a score of a pass (_REACH). A look at the whole might find one thing more there: a weak place that was not among
-        the best few of its pass and now is, as one of those is covered. Near it, what is likely passes for sure. So in
-        210 trials on planted pictures nothing was let pass that a look at the whole finds, and 4 more were ended.
-        """
-        return [self._faces(image, boxes) for image, boxes in covered]
-
-    def _faces(self, image: Pixels, covered: Sequence[Box] = ()) -> list[Box]:
+    def _faces(self, image: Pixels) -> list[Box]:
         longer = max(image.shape[:2])
         sides = [side for side in self._sides[1:] if side <= _MAX_ENLARGEMENT * longer]
         if longer > _LARGE_FROM:
             sides += self._large
-        passes = [self._look(image, side / longer, covered) for side in (self._sides[0], *sides)]
+        passes = [self._look(image, side / longer) for side in (self._sides[0], *sides)]
         threshold = _CANDIDATE
         if not self._fast:
-            sure = _SURE_AGAIN if covered else _SURE
-            passes = [self._again(image, _without_doubles(*_joined([_places(found) for found in passes])), sure)]
+            passes = [self._again(image, _without_doubles(*_joined([_places(found) for found in passes])))]
             threshold = _THRESHOLD
         height, width = image.shape[:2]
         boxes: list[Box] = []
@@ -106,31 +89,25 @@ class FaceDetector:
                 boxes.append(Box("face", *edges, self.name, self.version, score))
         return boxes
 
-    def _look(self, image: Pixels, scale: float, covered: Sequence[Box]) -> _Boxes:
-        """What one pass at `scale` shows, around what is covered or of the whole; the edges in the image's pixels."""
+    def _look(self, image: Pixels, scale: float) -> _Boxes:
+        """What one pass at `scale` shows; the edges in the image's pixels."""
         height, width = (max(round(side * scale), 1) for side in image.shape[:2])
         padded = np.zeros((3, -(-height // _MULTIPLE) * _MULTIPLE, -(-width // _MULTIPLE) * _MULTIPLE), np.float32)
         small = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
         padded[:, :height, :width] = np.asarray(small).transpose(2, 0, 1)
-        first_row, first_column = 0, 0
-        if covered:
-            first_row, last_row = _piece([(box.top, box.bottom) for box in covered], scale, padded.shape[1])
-            first_column, last_column = _piece([(box.left, box.right) for box in covered], scale, padded.shape[2])
-            padded = padded[:, first_row:last_row, first_column:last_column]
         heat, sizes, offsets, _ = self._session.run(None, {"input.1": padded[None]})
         heat_HW = cast(NDArray[np.float32], heat)[0, 0].astype(np.float64)
         rows, columns = np.nonzero(heat_HW >= (_CANDIDATE if self._fast else _WEAKEST))
         tall, wide = np.exp(sizes[0, :, rows, columns].T.astype(np.float64)) * _STRIDE
         down, across = offsets[0, :, rows, columns].T.astype(np.float64)
-        y, x = first_row + (rows + down + 0.5) * _STRIDE, first_column + (columns + across + 0.5) * _STRIDE
+        y, x = (rows + down + 0.5) * _STRIDE, (columns + across + 0.5) * _STRIDE
         edges_B4 = np.stack((x - wide / 2, y - tall / 2, x + wide / 2, y + tall / 2), axis=1) / scale
-        seen = _near(edges_B4, covered, _REACH / scale)
-        return edges_B4[seen], heat_HW[rows, columns][seen]
+        return edges_B4, heat_HW[rows, columns]
 
-    def _again(self, image: Pixels, places: _Boxes, sure: float) -> _Boxes:
-        """The places, with new scores for what is not `sure`: each alone, enlarged or reduced to the size of a tile."""
+    def _again(self, image: Pixels, places: _Boxes) -> _Boxes:
+        """The places, with new scores for what is not sure: each alone, enlarged or reduced to the size of a tile."""
         edges_B4, scores_B = places[0], places[1].copy()
-        unsure = np.flatnonzero(scores_B < sure)
+        unsure = np.flatnonzero(scores_B < _SURE)
         if unsure.size:
             picture = Image.fromarray(image)
             tiles = np.stack([_tile(picture, edges_B4[number]) for number in unsure])
@@ -147,25 +124,6 @@ class FaceDetector:
         middle, by = _TILE // _STRIDE // 2, _FACE // _STRIDE // 3
         near = cast(NDArray[np.float32], heat)[:, 0, middle - by : middle + by, middle - by : middle + by]
         return near.max(axis=(1, 2)).astype(np.float64)
-
-
-def _piece(spans: Sequence[tuple[int, int]], scale: float, side: int) -> tuple[int, int]:
-    """From where to where a pass looks again, on the grid of the network; `side` is that of all it saw."""
-    first = min(start for start, _ in spans) * scale - _REACH - _CONTEXT
-    last = max(end for _, end in spans) * scale + _REACH + _CONTEXT
-    return (
-        min(max(int(first // _MULTIPLE) * _MULTIPLE, 0), side - _MULTIPLE),
-        max(min(-int(-last // _MULTIPLE) * _MULTIPLE, side), _MULTIPLE),
-    )
-
-
-def _near(edges_B4: NDArray[np.float64], covered: Sequence[Box], by: float) -> NDArray[np.bool_]:
-    """Which of them come as near as `by` to what is covered; all where nothing is."""
-    near = np.full(len(edges_B4), not covered)
-    for box in covered:
-        left, top, right, bottom = edges_B4.T
-        near |= (left < box.right + by) & (right > box.left - by) & (top < box.bottom + by) & (bottom > box.top - by)
-    return near
 
 
 def _tile(picture: Image.Image, edges: NDArray[np.float64]) -> NDArray[np.float32]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol, TypeVar
 
-from privacy.pii.findings import Box, Covered, ImageDetector, LooksAgain, MissingDetector, Pixels, TextDetector
+from privacy.pii.findings import Box, ImageDetector, MissingDetector, Pixels, TextDetector
 from privacy.pii.metadata import ImageMetadataError, strip_metadata
 from privacy.pii.patterns import PatternDetector
 from privacy.pii.pixels import flatten_transparency
@@ -129,33 +129,17 @@ def filter_records(batch: Sequence[Item], policy: Policy, tools: Tools) -> list[
     return [record.result() for record in records]
 
 
-_Item = TypeVar("_Item", str, Pixels, Covered)
+_Item = TypeVar("_Item", str, Pixels)
 _Item_contra = TypeVar("_Item_contra", contravariant=True)
 
 
 class _Detector(Protocol[_Item_contra, Seen]):
-    """A TextDetector or an ImageDetector, or the second look of one."""
+    """A TextDetector or an ImageDetector."""
 
     @property
     def name(self) -> str: ...
 
     def detect(self, items: Sequence[_Item_contra], /) -> list[list[Seen]]: ...
-
-
-@dataclass(frozen=True)
-class _SecondLook:
-    """A detector of images on what was covered: around that where it can, else at the whole."""
-
-    detector: ImageDetector
-
-    @property
-    def name(self) -> str:
-        return self.detector.name
-
-    def detect(self, items: Sequence[Covered], /) -> list[list[Box]]:
-        if isinstance(self.detector, LooksAgain):
-            return self.detector.detect_again(items)
-        return self.detector.detect([image for image, _ in items])
 
 
 class _Text:
@@ -191,7 +175,7 @@ _AnyText = TypeVar("_AnyText", bound=_Text)
 class _Record(_Text):
     """A record on its way through: its text is the caption.
 
-    filled: what we painted over; covered: that with its margin, and what was blurred; covered_for: who had found it.
+    filled: what we painted over; covered_for: who had found what was painted over or blurred.
     """
 
     def __init__(self, item: Item) -> None:
@@ -199,7 +183,6 @@ class _Record(_Text):
         self.image, self.unread_svg = item.image, item.svg
         self.svg: bytes | None = None  # once it is filtered
         self.filled: list[Box] = []
-        self.covered: list[Box] = []
         self.covered_for: set[str] = set()
         self.boxes, self.metadata = Counter[str](), Counter[str]()
 
@@ -305,14 +288,12 @@ def _look_again_at_images(records: Sequence[_Record], policy: Policy, tools: Too
 
     The others have looked already. Covering takes away and uncovers nothing: what they passed over was there for them
     before, in the same pixels (but for a JPEG's new rounding), and what they had found to act on makes them one of
-    those that look again, at the picture as it is stored: at the whole, or as far from what was covered as a detector
-    says that covering can change what it finds (`LooksAgain`).
+    those that look again, at the whole picture as it is stored.
     """
     shown = list(zip(*_decoded(_open(records), tools), strict=True))
     for detector in tools.images:
         again = [(record, image) for record, image in shown if detector.name in record.covered_for]
-        covered = [Covered(image, record.covered) for record, image in again]
-        for record, found in _look([_SecondLook(detector)], [record for record, _ in again], covered):
+        for record, found in _look([detector], [record for record, _ in again], [image for _, image in again]):
             left = [box for box in found if not any(within(box, filled, policy.box_margin) for filled in record.filled)]
             for verdict in judge(left, policy, policy.image_action, sharing_pixels):
                 if verdict.action != "keep":
@@ -391,6 +372,5 @@ def _cover(record: _Record, verdicts: Sequence[Verdict[Box]], margin: float, too
         except Exception as error:
             record.end("quarantined", _reason(error, "not_covered"))
             return
-        record.covered += (box.enlarged(margin) for box in boxes)
         if action == "fill":
             record.filled = boxes

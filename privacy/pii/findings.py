@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,13 +51,6 @@ class Box:
         return replace(self, left=self.left - by, top=self.top - by, right=self.right + by, bottom=self.bottom + by)
 
 
-class Covered(NamedTuple):
-    """An image that a detector had looked at, and in which what it found within `boxes` is covered since."""
-
-    image: Pixels
-    boxes: Sequence[Box]
-
-
 class TextDetector(Protocol):
     """Finds entities in texts. Raises MissingDetector when opened, never later."""
 
@@ -76,12 +69,3 @@ class ImageDetector(Protocol):
     entities: tuple[str, ...]
 
     def detect(self, images: Sequence[Pixels]) -> list[list[Box]]: ...
-
-
-@runtime_checkable
-class LooksAgain(Protocol):
-    """An ImageDetector that need not look at all of an image again once what it had found there is covered."""
-
-    def detect_again(self, covered: Sequence[Covered]) -> list[list[Box]]:
-        """What `detect` finds in and around the covered boxes; elsewhere it may leave out what it had passed over."""
-        ...

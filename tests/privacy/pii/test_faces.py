@@ -3,8 +3,6 @@
 import hashlib
 import io
 import random
-from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +10,7 @@ import pytest
 from PIL import Image
 
 from privacy.pii import onnx_models, planting_images
-from privacy.pii.filter import Item, Policy, Tools, filter_records
-from privacy.pii.findings import Box, Covered, MissingDetector
+from privacy.pii.findings import MissingDetector
 from privacy.pii.pixels import apply_boxes, decode
 
 pytest.importorskip("onnxruntime")
@@ -123,55 +120,6 @@ def test_a_covered_face_is_found_no_more(faces: FaceDetector, action) -> None:
     covered = decode(apply_boxes(out.getvalue(), found, action, 0.1))
     where = planting_images.Picture(covered, "face", 80, (185, 80, 265, 160))
     assert not where.found(faces.detect([covered])[0])
-
-
-def test_a_second_look_finds_what_still_shows_and_looks_no_further(faces: FaceDetector) -> None:
-    image = np.full((256, 384, 3), 90, np.uint8)
-    for left in (10, 300):  # two faces far from each other
-        image[20:84, left : left + 64] = resized(data.astronaut()[60:180, 170:290], 64)
-    first, second = sorted(faces.detect([image])[0], key=lambda box: box.left)
-    assert first.right < 120 and second.left > 260
-    for boxes in ([first], [second], [first, second]):  # nothing is covered there
-        (found,) = faces.detect_again([Covered(image, boxes)])
-        lefts = sorted(box.left for box in found)
-        np.testing.assert_allclose(lefts, [box.left for box in boxes], atol=2)
-    covered = image.copy()
-    covered[first.top : first.bottom, first.left : first.right] = 0
-    assert faces.detect_again([Covered(covered, [first])]) == [[]]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("part", [1.0, 0.5])
-def test_a_look_around_what_was_covered_lets_no_more_pass_than_one_at_the_whole(
-    faces: FaceDetector, part: float
-) -> None:
-    """Of pictures whose faces are covered, or only their upper part, so that some still show."""
-
-    class Whole:
-        name, version, entities = faces.name, faces.version, faces.entities
-        detect = staticmethod(faces.detect)
-
-    def cover(image: bytes, boxes, action, margin: float) -> bytes:
-        return apply_boxes(image, [upper(box) for box in boxes], action, margin * part)
-
-    def upper(box: Box) -> Box:
-        return replace(box, bottom=box.top + round(part * (box.bottom - box.top)))
-
-    items: list[Item] = []
-    for size in planting_images.FACE_SIZES:
-        for number, picture in enumerate(planting_images.faces(size, 5)):
-            out = io.BytesIO()
-            Image.fromarray(picture.pixels).save(out, ("PNG", "JPEG")[number % 2])
-            items.append(Item(out.getvalue()))
-    for action in ("fill", "blur"):
-        policy = Policy.model_validate({"detectors": ("faces",), "images": {"face": action}})
-        around, whole = (
-            [result.outcome for result in filter_records(items, policy, Tools((), (detector,), decode, cover))]
-            for detector in (faces, Whole())
-        )
-        both = Counter(zip(whole, around, strict=True))
-        print(f"\n{action}, {part} covered; (whole, around): {both}")
-        assert both["dropped", "kept"] <= 1 and both["kept", "dropped"] <= 0.1 * len(items)
 
 
 def test_no_global_random_state_is_touched(faces: FaceDetector) -> None:

@@ -12,7 +12,7 @@ from PIL import Image, PngImagePlugin
 from pydantic import ValidationError
 
 from privacy.pii.filter import Item, Policy, Tools, check_tools, filter_record, filter_records
-from privacy.pii.findings import Box, Covered, Finding, MissingDetector, Pixels
+from privacy.pii.findings import Box, Finding, MissingDetector, Pixels
 from privacy.pii.patterns import ENTITIES, PatternDetector, detect
 from privacy.pii.policy import Threshold
 from privacy.pii.pseudonyms import Pseudonyms, WrongKey
@@ -361,25 +361,6 @@ def test_of_two_detectors_the_one_that_had_found_it_looks_again() -> None:
     assert (unsure.looked, sure.looked) == (2, 3)
     blur = policy.model_copy(update={"images": {"face": "blur"}})
     (result,) = filter_records(records[:1], blur, faces(unsure, sure, shade=500))
-    assert result.reason == "image_still_shows_face"
-
-
-def test_a_detector_that_can_looks_again_around_what_was_covered() -> None:
-    class Again(Bright):
-        def detect_again(self, covered: Sequence[Covered]) -> list[list[Box]]:
-            told.extend(
-                (int(image.max()), [(b.left, b.top, b.right, b.bottom) for b in boxes]) for image, boxes in covered
-            )
-            return self.detect([image for image, _ in covered])
-
-    told: list[tuple[int, list[tuple[int, int, int, int]]]] = []
-    policy = FACES.model_copy(update={"box_margin": 0.5})
-    records = [Item(scene((3, 3), (30, 8))), Item(scene())]
-    assert [result.outcome for result in filter_records(records, policy, faces(Again()))] == ["kept", "kept"]
-    assert told == [(60, [(1, 1, 9, 9), (28, 6, 36, 14)])]  # with the margin
-    (result,) = filter_records(
-        [Item(scene((3, 3)))], FACES.model_copy(update={"images": {"face": "blur"}}), faces(Again(), shade=500)
-    )
     assert result.reason == "image_still_shows_face"
 
 
