@@ -236,9 +236,13 @@ def image_to_text(pixels_CHW: Tensor | None, caption: Sequence[int] | None, *, w
     return [Image(_given(pixels_CHW, "image")), Text(_given(caption, "caption"), learn=True, whole=whole)]
 
 
-def text_to_image(caption: Sequence[int] | None, pixels_CHW: Tensor | None) -> Document:
-    """The document that teaches to draw what a caption says; an empty caption teaches to draw anything (guidance)."""
-    return [Text(_given(caption, "caption")), Image(_given(pixels_CHW, "image"), noised=True)]
+def text_to_image(caption: Sequence[int] | None, pixels_CHW: Tensor | None, num_draws: int = 1) -> Document:
+    """The document that teaches to draw what a caption says; an empty caption teaches to draw anything (guidance).
+
+    With several draws of noise the image comes as often: nothing else sees a noised one, so that they share the caption
+    and nothing besides.
+    """
+    return [Text(_given(caption, "caption")), *[Image(_given(pixels_CHW, "image"), noised=True)] * num_draws]
 
 
 def _given(value: Given | None, modality: str) -> Given:

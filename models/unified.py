@@ -159,11 +159,13 @@ class UnifiedConfig(Sized):
     def kept_elements(self, *, checkpointed: bool = False) -> int:
         """Elements kept for the backward, a token, an estimate.
 
-        A block keeps 12 D and 4 H: norms' inputs and outputs 4, q k v before and after their norms 5, attention's
-        output twice, a rest of 1, and of the SwiGLU gate, value, silu and product. With activation checkpointing D for
-        each block's input, and one block in full. Then logits and their softmax.
+        A block keeps 16 D and 4 H, H being the hidden width: two norms' inputs, normed inputs and outputs 6, q k v
+        before and after their norms 5, attention's output, its copy and both residuals 5, and of the SwiGLU gate,
+        value, silu and product. Norms by modality 3 D more, and a router 3 D for each choice. With activation
+        checkpointing D for each block's input, and one block in full. Then logits and their softmax.
         """
-        block = 12 * self.width + 4 * self.hidden_width
+        routed = 3 * self.top_k if self.num_experts > 1 else 0
+        block = (16 + 3 * (self.num_modalities - 1) + routed) * self.width + 4 * self.hidden_width
         return (self.depth * self.width + block if checkpointed else self.depth * block) + 3 * self.vocab_size
 
     def forward_flops(self, num_rows: int, num_tokens: int, num_images: int = 1, pairs: int | None = None) -> int:

@@ -78,16 +78,16 @@ class VAEConfig(BaseModel):
     def kept_elements(self, *, checkpointed: bool = False) -> int:
         """Elements kept for the backward, a pixel, an estimate.
 
-        A residual block keeps 6 D a place: what goes into two norms, SiLUs and convolutions. With activation
-        checkpointing D for each block's input, and one block in full.
+        A residual block keeps 6 D a place: what goes into two norms, SiLUs and convolutions; 3 D' more where it comes
+        from a level wider by D'. The ways down and up keep what they convolve, and the last layers 4 D. With activation
+        checkpointing a block keeps D for its input, and one block is kept in full.
         """
-        lowest = len(self.widths) - 1
-        blocks = [
-            width / 4**level
-            for level, width in enumerate(self.widths)
-            for _ in range(2 * self.layers + 1 + (4 if level == lowest else 0))
-        ]
-        return math.ceil(sum(blocks) + 6 * max(blocks) if checkpointed else 6 * sum(blocks))
+        blocks, rest = list[float](), 4.0 * self.widths[0]
+        for level, width in enumerate(self.widths):
+            below = self.widths[level + 1 : level + 2]
+            blocks += [width / 4**level] * (2 * self.layers + (1 if below else 5))
+            rest += sum(width + wide + 3 * (wide - width) for wide in below) / 4**level
+        return math.ceil(rest + (sum(blocks) + 6 * max(blocks) if checkpointed else 6 * sum(blocks)))
 
     def forward_flops(self, num_records: int = 1) -> int:
         """Floating-point operations of one forward, a multiply-add as two; matrix products only.

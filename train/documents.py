@@ -5,7 +5,7 @@ as fit, over all ranks; a private row is one unit's and nobody else's. Documents
 index before anything is read, so that every rank knows the whole step's rows, and what its losses are divided by.
 """
 
-# B rows of a microbatch, R records a unit, K noise draws a record, N tokens, F features of a patch, I images of a row
+# B rows of a microbatch, R records of a row, K noise draws a record, N tokens, F features of a patch, I images of a row
 from __future__ import annotations
 
 from collections import Counter
@@ -33,7 +33,6 @@ from train.randomness import record_draws
 from train.step import Batches, Microbatch, Slots
 
 
-
 def layout_of(config: UnifiedConfig) -> Layout:
     """How this model's documents become tokens."""
     return Layout(open_tokenizer(config.tokenizer), config.channels, config.patch_size)
@@ -50,6 +49,9 @@ def objective_of(section: ObjectiveSection) -> UnifiedObjective:
     )
 
 
+DELIMITERS = 2  # of a text or an image
+
+
 class Planned(NamedTuple):
     """A document before it is read."""
 
@@ -61,7 +63,7 @@ class Planned(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Laid:
-    """A microbatch in host memory: `slots_BR` are the records of each row, of which `batch` has K in turn."""
+    """A microbatch in host memory: `slots_BR` are the records of each row."""
 
     slots_BR: Slots
     batch: Packed
@@ -97,10 +99,12 @@ class Documents(Batches):
             self.objective.require_private()
         self.kept, self.dropped = self._measure_captions()
         caption = self.section.caption_tokens or config.max_caption_tokens
-        tasks, length = self.section.tasks, self._length(round(caption))
-        patches = config.num_patches if "text_to_image" in tasks else 1
-        self.fixed_totals = Totals(caption + 1 if "image_to_text" in tasks else 1, patches, len(tasks) * length)
-        self.unit_flops = float(len(tasks) * config.forward_flops(1, length))
+        tasks = self.section.tasks
+        lengths = [self._length(task, round(caption)) for task in tasks]
+        self.fixed_totals = Totals(
+            caption + 1 if "image_to_text" in tasks else 1, self._noised_patches("text_to_image" in tasks), sum(lengths)
+        )
+        self.unit_flops = float(sum(config.forward_flops(1, length) for length in lengths))
         self._tally = torch.zeros(5, dtype=torch.float64, device=world.device)
         self._load_LE: Tensor | None = None  # since `figures` was called, and what that told last
         self._told_LE: Tensor | None = None
@@ -113,10 +117,11 @@ class Documents(Batches):
                 f"{without.size} of {len(dataset)} records of split {dataset.split} have no caption, or an empty one, "
                 f"such as {dataset.read(int(without[0])).key}: ingest them with captions, or without these records"
             )
-        if self.config.num_tokens > self.section.row_tokens:
+        longest = max(self._length(task, self.config.max_caption_tokens) for task in self.section.tasks)
+        if longest > self.section.row_tokens:
             raise ValueError(
-                f"documents.row_tokens is {self.section.row_tokens}, and a document may have {self.config.num_tokens} "
-                f"tokens: raise it, or lower model.max_caption_tokens, {self.config.max_caption_tokens}"
+                f"documents.row_tokens is {self.section.row_tokens}, and a document may have {longest} tokens: raise "
+                f"it, or lower model.max_caption_tokens ({self.config.max_caption_tokens}) or objective.noise_draws"
             )
 
     def load(self, step: int, slots: Slots) -> Loaded:
@@ -141,7 +146,7 @@ class Documents(Batches):
 
     def of(self, loaded: Loaded) -> Iterator[Microbatch]:
         """Each portion's rows; some of them are empty where other ranks have more."""
-        device, num_draws = self.world.device, self.stage.objective.noise_draws
+        device = self.world.device
         for number, laid in enumerate(loaded.laid):
             batch, noise, times = laid.batch.to(device), laid.noise_BNF.to(device), laid.times_BI.to(device)
             records_B = torch.from_numpy((laid.slots_BR >= 0).sum(1)).to(device)
@@ -154,7 +159,7 @@ class Documents(Batches):
                 with self.autocast:
                     found = self.objective.losses(network, batch, noise, times)
                 self._count(found, batch)
-                loss_B = self.objective.weighed(found, loaded.totals).view(-1, num_draws).mean(1)
+                loss_B = self.objective.weighed(found, loaded.totals)
                 return loss_B / records_B.clamp(min=1) if self.private else loss_B
 
             yield Microbatch(records_B > 0, losses, number == len(loaded.laid) - 1, laid.slots_BR)
@@ -216,9 +221,14 @@ class Documents(Batches):
         most = self.config.max_caption_tokens
         return None if caption is None else fit_caption(self.layout.tokenizer, caption, 0, most, self.section.too_long)
 
-    def _length(self, caption_tokens: int) -> int:
-        """Tokens of a document with such a caption."""
-        return self.config.num_tokens - self.config.max_caption_tokens + caption_tokens
+    def _length(self, task: str, caption_tokens: int) -> int:
+        """Tokens of a document: a noised image comes once for each draw."""
+        images = self.stage.objective.noise_draws if task == "text_to_image" else 1
+        return caption_tokens + DELIMITERS + images * (self.config.num_patches + DELIMITERS)
+
+    def _noised_patches(self, num_documents: int) -> int:
+        """Of so many drawn captions; at least one, for it is divided by."""
+        return max(1, num_documents * self.stage.objective.noise_draws * self.config.num_patches)
 
     def _plan(self, step: int, records: Indices) -> list[Planned]:
         """The records' documents, in order."""
@@ -228,15 +238,15 @@ class Documents(Batches):
         for record, dropped in zip(records.tolist(), (draws.dropout < dropout).tolist(), strict=True):
             for task in self.section.tasks if self.kept[record] >= 0 else ():
                 bare = dropped and task == "text_to_image"
-                planned.append(Planned(record, task, bare, self._length(0 if bare else int(self.kept[record]))))
+                planned.append(Planned(record, task, bare, self._length(task, 0 if bare else int(self.kept[record]))))
         return planned
 
     def _counted(self, documents: Sequence[Planned], num_units: int) -> Totals:
         """What a step's documents have of each kind of token, for each of its units."""
         told = np.array([document.record for document in documents if document.task == "image_to_text"], np.int64)
-        text = int((self.kept[told] + (self.dropped[told] == 0)).sum())
-        patches = self.config.num_patches * (len(documents) - len(told))
-        return Totals(*(max(1, total) / num_units for total in (text, patches, sum(_lengths(documents)))))
+        text = max(1, int((self.kept[told] + (self.dropped[told] == 0)).sum()))
+        patches = self._noised_patches(len(documents) - len(told))
+        return Totals(*(total / num_units for total in (text, patches, max(1, sum(_lengths(documents))))))
 
     # --- rows ---
 
@@ -244,21 +254,20 @@ class Documents(Batches):
         self, step: int, portion: Portion, rows: Sequence[Row], held: Sequence[list[Planned]], of_rows: Slots,
         read: Mapping[int, tuple[Tensor, Encoded | None]],
     ) -> Laid:  # fmt: skip
-        """The portion's documents in their rows, each of K times, with the noise and the times of their images."""
+        """The portion's documents in their rows, with the noise and the times of their images."""
         num_draws, mine = self.stage.objective.noise_draws, list(portion.rows)
         planned = [held[row] for row in mine] + [[] for _ in range(portion.num_rows - len(mine))]
         batch = self.layout.pack(
-            [[_document(each, *read[each.record]) for each in row] for row in planned], portion.num_tokens
+            [[_document(each, num_draws, *read[each.record]) for each in row] for row in planned], portion.num_tokens
         )
-        batch = batch.rows(torch.arange(len(planned)).repeat_interleave(num_draws))
         drawn = [[each.record for each in row if each.task == "text_to_image"] for row in planned]
         records = sorted({record for row in drawn for record in row})
         shape = (self.config.channels, self.config.image_size, self.config.image_size)
         draws = record_draws(self.stage.train.seed, self.stage.name, step, records, shape, num_draws)
         place = {record: n * num_draws for n, record in enumerate(records)}
-        order = [place[record] + draw for row in drawn for draw in range(num_draws) for record in row]
+        order = [place[record] + draw for row in drawn for record in row for draw in range(num_draws)]
         noise_BNF, times_BI = torch.zeros_like(batch.patches_BNF), torch.zeros(batch.noised_BI.shape)
-        if order:  # row by row, as masks are read
+        if order:  # as masks are read: row by row, and in a row from left to right
             noise_BNF[batch.learnt_patches_BN] = torch.cat([self.layout.patchify(draws.noise[at]) for at in order])
             times_BI[batch.noised_BI] = self.objective.flow.sample_timesteps(draws.timestep[order])
         slots_BR = np.full((len(planned), of_rows.shape[1]), -1, np.int64)
@@ -266,11 +275,11 @@ class Documents(Batches):
         return Laid(slots_BR, batch, noise_BNF, times_BI, sum(len(rows[row].left_out) for row in mine))
 
 
-def _document(planned: Planned, image: Tensor, caption: Encoded | None) -> Document:
+def _document(planned: Planned, num_draws: int, image: Tensor, caption: Encoded | None) -> Document:
     assert caption is not None, "a record whose caption is left out has no documents"
     if planned.task == "image_to_text":
         return image_to_text(image, caption.tokens, whole=not caption.num_dropped)
-    return text_to_image([] if planned.bare else caption.tokens, image)
+    return text_to_image([] if planned.bare else caption.tokens, image, num_draws)
 
 
 def _lengths(documents: Sequence[Planned]) -> list[int]:

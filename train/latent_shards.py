@@ -29,8 +29,8 @@ Positive = Annotated[int, Field(gt=0)]
 class LatentHeader(BaseModel):
     """What all records of a split of latents have in common.
 
-    mean, std: by channel, over every place of the records of the public split, whose root is `public_root`; a private
-    record never entered them, so what is read with them is a function of the record and of public data.
+    mean, std: by channel, over every place of the records of the public split, whose shards' roots `public_root` binds.
+    A private record never entered them, so what is read with them is a function of the record and of public data.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -16,7 +16,7 @@ from train.hardware import Hardware, find_hardware, known_hardware
 from train.launchers import Placement, stage_command, worker_arguments
 from train.recipe import ConfigError, Recipe, model_of
 from train.shards import parse_entry
-from train.source_config import DigitsSource
+from train.source_config import DigitsSource, ShapesSource
 from train.sources import DIGITS_SPLITS
 
 FP32 = 4  # bytes
@@ -147,9 +147,9 @@ def plan_memory(
 
 def tokens_at_once(stage: TrainStage, model: ModelConfig) -> int:
     """The most tokens that a rank puts through one forward."""
-    rows = stage.train.microbatch_size * stage.objective.noise_draws
     if stage.documents is not None:
-        return rows * stage.documents.row_tokens
+        return stage.train.microbatch_size * stage.documents.row_tokens
+    rows = stage.train.microbatch_size * stage.objective.noise_draws
     records = stage.privacy.max_records_per_user if isinstance(stage, FinetuneStage) else None
     return rows * (records or 1) * model.num_tokens
 
@@ -193,6 +193,8 @@ def count_records(recipe: Recipe, stage: TrainStage, run_dir: Path) -> int | Non
         source = recipe.stage(source.inputs()[0])
     if isinstance(source.source, DigitsSource):
         return next((count for split, count in DIGITS_SPLITS.items() if split == stage.split), None)
+    if isinstance(source.source, ShapesSource):
+        return next((count for split, count in source.source.records.items() if split == stage.split), None)
     return None
 
 

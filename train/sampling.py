@@ -96,6 +96,7 @@ def documents_of(
 ) -> list[Document]:
     """A document a prompt, with the images where it says `<|image|>`, in order; without prompts, one an image.
 
+    Of what the model's vocabulary lacks it is said, on the standard error, what the model reads instead.
     Raises ValueError for a prompt that is empty, too long for the model, not valid UTF-8, or has another special token,
     and where prompts ask for another number of images than there are.
     """
@@ -119,7 +120,7 @@ def documents_of(
             if words.strip():
                 parts.append(Text(_tokens(words.strip(), config.max_caption_tokens, tokenizer, number)))
         if not parts:
-            raise ValueError(f"prompt {number} is empty: say what to draw, or leave --prompt out for none")
+            raise ValueError(f"prompt {number} is empty: say what to draw")
         documents.append(parts)
     if left:
         raise ValueError(f"{len(left)} of {len(images)} images are in no prompt: say {IMAGE} where each goes")
@@ -131,8 +132,8 @@ def _tokens(words: str | bytes, most: int | None, tokenizer: Tokenizer, number: 
         tokens = tokenizer.encode(words, max_tokens=most, too_long="refuse").tokens
     except ValueError as error:
         raise ValueError(f"prompt {number}: {error}") from None
-    if most is not None and tokenizer.decode(tokens).split() != _shown(words).split():
-        read = tokenizer.decode(tokens)
+    read = tokenizer.decode(tokens)
+    if most is not None and read.split() != _shown(words).split():
         print(f"prompt {number} has what the model's vocabulary lacks: it reads {read!r}", file=sys.stderr)
     return tokens
 

@@ -48,19 +48,24 @@ def gradients_of(folder: Path, name: str) -> Tensor:
     return torch.cat([parts[key] for key in sorted(parts)])
 
 
-def require_equal(folder: Path, said: str, expected: str, tolerance: float = 1e-6) -> None:
+def require_equal(folder: Path, said: str, expected: str) -> None:
     """Losses, gradients, weights, moments and averages, to rounding."""
+    require_equal_gradients(folder, said, expected, tolerance=1e-6)
+    found, whole = (state_of(folder, Case.of(each).name) for each in (said, expected))
+    assert found.tensors() == whole.tensors()
+    for kind, parameter in whole.tensors():
+        ours, theirs = found.read(kind, parameter), whole.read(kind, parameter)
+        assert (ours - theirs).norm() <= 2e-6 * theirs.norm() + 1e-9, f"{said}: {kind} {parameter}"
+
+
+def require_equal_gradients(folder: Path, said: str, expected: str, tolerance: float) -> None:
+    """Every step's loss, and the first one's gradients."""
     name, expected = Case.of(said).name, Case.of(expected).name
     losses, wanted = (torch.load(folder / f"{each}.0.pt")["losses"] for each in (name, expected))
     assert losses == pytest.approx(wanted, rel=tolerance), said
     gradients, wanted = gradients_of(folder, name), gradients_of(folder, expected)
     assert wanted.norm() == pytest.approx(CLIPPED, rel=1e-4)
     assert (gradients - wanted).norm() < tolerance * CLIPPED, said
-    found, whole = state_of(folder, name), state_of(folder, expected)
-    assert found.tensors() == whole.tensors()
-    for kind, parameter in whole.tensors():
-        ours, theirs = found.read(kind, parameter), whole.read(kind, parameter)
-        assert (ours - theirs).norm() <= 2 * tolerance * theirs.norm() + 1e-9, f"{said}: {kind} {parameter}"
 
 
 @pytest.mark.distributed
@@ -89,6 +94,7 @@ def test_four_ranks_are_two_replicas_of_two_parts(kind: str, tmp_path: Path) -> 
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_experts_travel_in_compiled_blocks_and_in_bf16(tmp_path: Path) -> None:
+    """In bf16 a router may choose otherwise once weights differ by rounding: the first gradients are what compares."""
     alone(tmp_path, "four:single:1")
     cases = ("four:ddp:2:compiled", "four:fsdp2:2:compiled")
     bf16 = [f"four:{backend}:{parts}:bf16" for backend in ("ddp", "fsdp2") for parts in (1, 2)]
@@ -96,7 +102,7 @@ def test_experts_travel_in_compiled_blocks_and_in_bf16(tmp_path: Path) -> None:
     for case in cases:
         require_equal(tmp_path, case, "four:single:1")
     for backend in ("ddp", "fsdp2"):
-        require_equal(tmp_path, f"four:{backend}:2:bf16", f"four:{backend}:1:bf16", tolerance=2e-2)
+        require_equal_gradients(tmp_path, f"four:{backend}:2:bf16", f"four:{backend}:1:bf16", tolerance=1e-3)
 
 
 @pytest.mark.slow

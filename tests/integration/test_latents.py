@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from train.autoencoding import decoder_of
+from train.autoencoding import VAE_FOLDER, decoder_of, open_decoder
 from train.data import ShardDataset
 from train.heartbeat import Heartbeat
 from train.latents import reconstruction_psnr
@@ -26,7 +26,11 @@ RECIPE = {
     "50_private": "{stage: finetune_dp, init_from: dit, data_from: latents, split: private, "
     "train: {steps: 3, batch_size: 64, microbatch_size: 64, seed: 0}, optim: {learning_rate: 1e-3}, "
     "privacy: {target_epsilon: 8, max_grad_norm: 1, replay_steps: 1}, %s}",
-    "60_audit": "{stage: audit}",
+    "60_eval": "{stage: eval, init_from: [private], data_from: latents, samples_per_class: 2, reference_images: 300, "
+    "sampler_steps: 2}",
+    "70_audit": "{stage: audit, init_from: private, data_from: latents, extraction: {samples_per_class: 1, "
+    "reference_images: 100, sampler_steps: 2}}",
+    "80_export": "{stage: export, init_from: private}",
 }
 EVERYWHERE = "parallel: {backend: single}, log: {wandb: disabled}"
 
@@ -57,7 +61,23 @@ def test_a_dit_is_trained_on_the_latents_of_the_digits_publicly_then_privately(
     everything, _ = public.batch(range(len(public)), 1, 8)
     mean_error = (everything - everything.mean(0)).square().mean()
     assert 11 < 10 * float(torch.log10(4 / mean_error)) < 12
+    with torch.no_grad():
+        mean, log_variance = decode.vae.encode(everything)
+        deviation = torch.exp(0.5 * log_variance)
+        drawn = decode.vae.decode(
+            mean + deviation * torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
+        )
+        cost = 10 * torch.log10(
+            (drawn - everything).square().mean() / (decode.vae.decode(mean) - everything).square().mean()
+        )
+    print(f"posterior's deviation {deviation.mean():.3f}, means' {mean.std():.3f}, a draw costs {cost:.2f} dB")
+    assert deviation.mean() < 0.15 * mean.std()
+    assert cost < 0.2
     config, _, _ = load_average(run, "private")
     assert (config.channels, config.image_size) == (4, 4)
-    audit = run.read_manifest("audit")
-    assert audit is not None, "which would be missing where a claim is false"
+    found = run.read_manifest("eval")
+    assert found is not None
+    assert found["metrics"]["private"]["class_fidelity_real"] > 0.8, "of images, not of their latents"
+    assert run.read_manifest("audit") is not None, "which would be missing where a claim is false"
+    stored, _ = latents.batch(range(20), 4, 4)
+    assert torch.equal(open_decoder(run.path / "export" / "model" / VAE_FOLDER)(stored), decode(stored))

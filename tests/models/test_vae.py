@@ -165,3 +165,24 @@ def test_blocks_hold_most_of_the_weights() -> None:
     model = VAE(LARGE)
     inside = sum(parameter.numel() for block in model.blocks for parameter in block.parameters())
     assert inside > 0.8 * sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("widths", [(16, 32, 32), (8, 16)])
+def test_what_the_plan_says_is_kept_for_the_backward_is_near_what_is(widths: tuple[int, ...]) -> None:
+    config = SMALL.model_copy(update={"widths": widths})
+    model, kept = VAE(config), dict[int, int]()
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    held: list[Tensor] = []  # so that no storage's address comes again
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            held.append(tensor)
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        vae_losses(model, images(config), torch.zeros(3, *config.latent_shape), 0.1).sum()
+    told = config.kept_elements() * config.num_tokens * 3 * 4
+    assert told == pytest.approx(sum(kept.values()), rel=0.1)
+    assert config.kept_elements(checkpointed=True) < config.kept_elements()

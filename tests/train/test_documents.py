@@ -180,6 +180,15 @@ def test_every_record_gives_a_document_for_each_task_and_some_are_drawn_without_
     assert loaded.flops == sum(config.forward_flops(1, length) for length in lengths)
 
 
+def test_draws_of_noise_share_a_document_and_are_the_records_own(prepared: Path) -> None:
+    (one,) = documents(prepared, pretrain()).load(3, by_one(5)).laid
+    (three,) = documents(prepared, pretrain("objective.noise_draws=3")).load(3, by_one(5, 6)).laid[:1]
+    noise_1, noise_3 = (laid.noise_BNF[laid.batch.learnt_patches_BN].view(-1, 4, 48) for laid in (one, three))
+    assert (len(noise_1), len(noise_3)) == (1, 6)
+    assert torch.equal(noise_1[0], noise_3[0]) or torch.equal(noise_1[0], noise_3[3])
+    assert len(set(three.times_BI[three.batch.noised_BI].tolist())) == 6
+
+
 def test_a_stage_may_teach_one_task_alone(prepared: Path) -> None:
     stage = pretrain("documents={row_tokens: 70, tasks: [text_to_image]}")
     batches, model = documents(prepared, stage), network(stage)

@@ -25,6 +25,7 @@ from train import ROOT
 from train.autoencoding import (
     VAE_FOLDER,
     decoder_in,
+    decoder_of,
     folder_digest,
     load_vae,
     open_decoder,
@@ -32,12 +33,15 @@ from train.autoencoding import (
     save_vae,
     vae_digest,
 )
-from train.config import DiffusersVae
+from train.config import DiffusersVae, LatentsStage
 from train.data import ShardDataset
+from train.heartbeat import Heartbeat
 from train.images import encode_png
 from train.latents import LatentsJob, encode_shards, plan_latents, reconstruction_psnr
 from train.recipe import ConfigError, Recipe, load_recipe
+from train.run_folder import RunFolder
 from train.shards import Record, ShardError, write_shards
+from train.stages import run_stage
 from train.tasks import read_job, work
 
 CONFIG = VAEConfig(image_size=8, channels=1, latent_channels=3, widths=(4, 8), norm_groups=2)
@@ -236,6 +240,30 @@ def test_a_folder_of_weights_is_taken_by_its_digest_and_no_other(tmp_path: Path)
         load_vae(tmp_path / "sd")
     with pytest.raises(ValueError, match=r"nowhere/config.json is missing: give a folder"):
         folder_digest(tmp_path / "nowhere")
+
+
+def test_the_stage_encodes_by_a_folder_of_pinned_weights(run: RunFolder, tmp_path: Path) -> None:
+    save_vae(tmp_path / "sd", vae())
+    pinned = DiffusersVae(folder=str(tmp_path / "sd"), digest=folder_digest(tmp_path / "sd"), image_size=8)
+    stage = LatentsStage(name="latents", stage="latents", data_from="filter", diffusers=pinned)
+    wrong = pinned.model_copy(update={"digest": "blake3:" + "0" * 64})
+    with pytest.raises(ValueError, match=f"has digest {pinned.digest}"):
+        run_stage(stage.model_copy(update={"diffusers": wrong}), run, None, Heartbeat(0))
+    run_stage(stage, run, None, Heartbeat(0))
+    manifest = run.read_manifest("latents")
+    assert manifest is not None
+    assert manifest["metrics"]["vae"] == vae_digest(vae())
+    assert set(manifest["outputs"]) == {
+        "latents/public/latents.json",
+        "latents/vae/config.json",
+        "latents/vae/diffusion_pytorch_model.safetensors",
+    }
+    dataset = ShardDataset(run.path / "latents" / "public", "public")
+    assert (len(dataset), dataset.root) == (40, manifest["metrics"]["splits"]["public"]["root"])
+    decode = decoder_of(run, "latents")
+    assert decode is not None
+    assert decode.image_shape == (1, 8, 8)
+    assert decoder_of(run, "filter") is None
 
 
 def test_a_model_of_another_shape_is_told_the_latents_own(encoded: Any) -> None:

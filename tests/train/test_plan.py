@@ -1,13 +1,20 @@
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
 from models.dit import DiT, DiTConfig
+from models.packed import image_to_text
+from models.unified import Unified, UnifiedConfig
+from models.unified_objective import UnifiedObjective
 from privacy.ledger import Ledger
 from train import ROOT
 from train.config import FinetuneStage, TrainStage
+from train.documents import layout_of
 from train.images import encode_png
 from train.launchers import Placement
 from train.plan import count_records, plan, plan_memory, plan_privacy
@@ -46,24 +53,41 @@ def test_dit_xl2_is_planned_with_its_parameters_memory_and_epsilon_and_nothing_i
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("model", [NANO, SMALL], ids=["nano", "small"])
-def test_activations_are_estimated_within_a_tenth_of_what_autograd_keeps(model: DiTConfig) -> None:
-    network = DiT(model)
+@contextmanager
+def kept_for_the_backward(network: DiT | Unified) -> Iterator[dict[int, int]]:
+    """Bytes that autograd keeps within the context, by address; `network` is given weights, which do not count."""
     network.init_weights(torch.Generator().manual_seed(0))
     weights = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}
+    held, kept = list[torch.UntypedStorage](), dict[int, int]()
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage  # held, so that no other takes its address
+            held.append(storage)  # so that no other takes its address
+            kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    images = torch.randn(16, model.channels, model.image_size, model.image_size)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield kept
+
+
+@pytest.mark.parametrize("model", [NANO, SMALL], ids=["nano", "small"])
+def test_activations_are_estimated_within_a_tenth_of_what_autograd_keeps(model: DiTConfig) -> None:
+    images = torch.randn(16, model.channels, model.image_size, model.image_size)
+    with kept_for_the_backward(network := DiT(model)) as kept:
         network(images, torch.rand(16), torch.zeros(16, dtype=torch.long))
-    measured = sum(storage.nbytes() for storage in kept.values())
-    assert 16 * model.num_tokens * 4 * model.kept_elements() == pytest.approx(measured, rel=0.1)
+    assert 16 * model.num_tokens * 4 * model.kept_elements() == pytest.approx(sum(kept.values()), rel=0.1)
+
+
+@pytest.mark.parametrize("experts", [{}, {"num_experts": 4, "top_k": 2}, {"modality_experts": True, "num_experts": 2}])
+def test_so_are_a_unified_models(experts: dict[str, Any]) -> None:
+    shape = {"width": 64, "depth": 4, "heads": 2, "image_size": 16, "channels": 3, "patch_size": 4}
+    model = UnifiedConfig(**shape, max_caption_tokens=40, **experts)
+    batch = layout_of(model).pack([[image_to_text(torch.zeros(3, 16, 16), [97] * 30)]] * 4, num_tokens=56)
+    noise, times = torch.randn(batch.patches_BNF.shape), torch.rand(batch.noised_BI.shape)
+    with kept_for_the_backward(network := Unified(model)) as kept:
+        UnifiedObjective().losses(network, batch, noise, times)
+    assert batch.tokens_BN.numel() * 4 * model.kept_elements() == pytest.approx(sum(kept.values()), rel=0.1)
 
 
 def test_activation_checkpointing_keeps_less() -> None:

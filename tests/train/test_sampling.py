@@ -13,10 +13,11 @@ from checkpointing.export import write_export
 from models.dit import DiT, DiTConfig
 from models.flow import Objective
 from models.packed import Image, Text
-from models.tokenizer import ByteTokenizer
+from models.tokenizer import ByteTokenizer, open_tokenizer
 from models.unified_objective import UnifiedObjective
 from scripts.sample import main
 from tests.train.unified_models import IMAGE_SIZE, MAX_TOKENS, config, filled
+from train import ROOT
 from train.generation import exported
 from train.sampling import documents_of, open_model, read_image
 
@@ -113,6 +114,14 @@ def test_lines_of_the_standard_input_are_prompts(
 def test_what_is_no_prompt_is_refused(prompt: str, images: int, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         documents_of([prompt], [PIXELS] * images, config(), ByteTokenizer())
+
+
+def test_words_that_the_model_never_met_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    words = open_tokenizer(str(ROOT / "configs/shapes/tokenizer.json"))
+    documents_of(["two  red rings"], [], config(), words)
+    assert capsys.readouterr().err == ""
+    documents_of(["two red cats"], [], config(), words)
+    assert "prompt 1 has what the model's vocabulary lacks: it reads 'two red <|unknown|>'" in capsys.readouterr().err
 
 
 def test_what_is_no_picture_is_refused(tmp_path: Path) -> None:
