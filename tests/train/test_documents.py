@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from checkpointing.sharded import latest
 from models.registry import build_module
+from models.tokenizer import open_tokenizer
 from models.unified import UnifiedConfig
 from privacy.clipping import make_clipper
 from privacy.ledger import read_ledger
@@ -32,6 +33,7 @@ from train.metrics import read_metrics
 from train.parallel import World, join_world
 from train.recipe import load_stage
 from train.run_folder import RunFolder, now
+from train.shapes import SCENES
 from train.shards import Record, write_shards
 from train.step import PublicStep
 
@@ -315,6 +317,14 @@ def test_records_without_a_caption_are_refused_by_name(tmp_path: Path) -> None:
     write_shards(tmp_path / "filter" / "public", "public", records, shard_size=20)
     with pytest.raises(ValueError, match="2 of 3 records of split public have no caption, or an empty one, such as r1"):
         documents(tmp_path, pretrain())
+
+
+def test_the_recipes_tokenizer_has_a_token_for_each_word_that_tells_of_a_scene() -> None:
+    tokenizer = open_tokenizer(str(ROOT / "configs/shapes/tokenizer.json"))
+    encoded = [tokenizer.encode(scene.caption).tokens for scene in SCENES]
+    assert [tokenizer.decode(tokens) for tokens in encoded] == [scene.caption for scene in SCENES]
+    assert {len(tokens) for tokens in encoded} == {7}
+    assert not set(tokenizer.specials.values()).intersection(tokenizer.encode("<|pad|> red").tokens)
 
 
 # --- whole stages ---
