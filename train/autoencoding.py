@@ -64,10 +64,8 @@ class Autoencoding(Batches):
             )
 
     def load(self, step: int, slots: Slots) -> Loaded:
-        """This rank's slice of the units, each rank's as long as the first's but for the last ones'."""
         assert slots.shape[1] == 1, "a public unit is a record"
-        size = -(-len(slots) // self.world.size)
-        mine = slots[self.world.rank * size : (self.world.rank + 1) * size]
+        mine = self.slice_of(slots)
         images, _ = self.dataset.captioned(mine[:, 0], self.config.channels, self.config.image_size)
         return Loaded(step, len(slots), mine, images, len(slots) * self.unit_flops)
 

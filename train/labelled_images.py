@@ -46,9 +46,7 @@ class LabelledImages(Batches):
             raise ValueError(f"split {split} holds class {beyond}, but model.num_classes is {self.config.num_classes}")
 
     def load(self, step: int, slots: Slots) -> Loaded:
-        """This rank's slice of the units, each rank's as long as the first's but for the last ones'."""
-        size = -(-len(slots) // self.world.size)
-        mine = slots[self.world.rank * size : (self.world.rank + 1) * size]
+        mine = self.slice_of(slots)
         indices = mine[mine >= 0]
         records = Batch(indices, *self.dataset.batch(indices, self.config.channels, self.config.image_size))
         return Loaded(step, len(slots), mine, records, len(slots) * self.unit_flops)

@@ -76,6 +76,11 @@ class Batches(ABC):
     def of(self, loaded: Any) -> Iterator[Microbatch]:
         """What was loaded, as microbatches. An empty step is one of padding."""
 
+    def slice_of(self, slots: Slots) -> Slots:
+        """This rank's slice of a step's units, each rank's as long as the first's but for the last ones'."""
+        size = -(-len(slots) // self.world.size)
+        return slots[self.world.rank * size : (self.world.rank + 1) * size]
+
     def facts(self) -> Mapping[str, int]:
         """What reading the split has shown of it: for whoever may see raw data."""
         return {}
