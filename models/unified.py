@@ -72,7 +72,8 @@ class UnifiedConfig(Sized):
 
     tokenizer: "bytes", or the path of a `tokenizers` file. tokenizer_sha256 and vocab_size follow from it; where they
     are given, as in what is written of a trained model, the file must have them.
-    image_size, max_caption_tokens: of the square images and the captions that the model is for.
+    image_size, max_caption_tokens: of the square images and the captions that the model is for; images of other forms
+    may have as many patches.
     modality_experts: norms and feed-forward networks of their own for text tokens and for patches.
     num_experts, top_k: of a mixture of experts (for each modality, where they have their own); an expert's hidden width
     is the dense network's divided by top_k, so that a token costs the same.

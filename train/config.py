@@ -79,6 +79,9 @@ class Documents(Section):
     row_tokens: Positive  # of a row; in a private stage, where a row is one unit, of the longest
     bounds: tuple[Positive, ...] | None = None  # private: a row is padded to the least that holds it; null: row_tokens
     too_long: Literal["truncate", "leave_out"] = "truncate"  # captions of more than model.max_caption_tokens
+    # Images keep their form: each is cropped to the nearest of `train.packing.image_buckets`, which have about as many
+    # patches as the model's square; every image's header is read once at the start. false: all are squares.
+    buckets: bool = False
     # What a record's text loss is divided by in a private stage, where it may not depend on the batch: the public
     # captions' mean tokens, say; null: model.max_caption_tokens.
     caption_tokens: PositiveFloat | None = None

@@ -1,6 +1,6 @@
 """Reading shards: random access verified at every read, the order of public batches, loading one step ahead."""
 
-# B records, C channels, H = W image size
+# B records, C channels, H x W image size (H = W but for `cropped`)
 from __future__ import annotations
 
 import functools
@@ -91,26 +91,35 @@ class ShardDataset:
         labels = self.labels[chosen]
         if (bare := chosen[labels < 0]).size:
             raise ValueError(f"record {self.read(bare[0]).key} of split {self.split} has no class: ingest it with one")
-        return self._images(self._read(chosen.tolist()), channels, image_size), torch.from_numpy(labels)
+        images = self._images(self._read(chosen.tolist()), channels, image_size, image_size)
+        return images, torch.from_numpy(labels)
 
     def captioned(self, indices: ArrayLike, channels: int, image_size: int) -> tuple[Tensor, list[str | None]]:
         """Images as `batch` gives them, and captions, None where a record has none."""
         records = self._read(np.asarray(indices, np.int64).reshape(-1).tolist())
-        return self._images(records, channels, image_size), [record.caption for record in records]
+        images = self._images(records, channels, image_size, image_size)
+        return images, [record.caption for record in records]
 
-    def _images(self, records: Sequence[Record], channels: int, image_size: int) -> Tensor:
+    def cropped(
+        self, indices: ArrayLike, channels: int, sizes: Sequence[tuple[int, int]]
+    ) -> tuple[list[Tensor], list[str | None]]:
+        """As `captioned`, each image of a height and a width of its own."""
+        records = self._read(np.asarray(indices, np.int64).reshape(-1).tolist())
+        images = [self._images([record], channels, *size)[0] for record, size in zip(records, sizes, strict=True)]
+        return images, [record.caption for record in records]
+
+    def _images(self, records: Sequence[Record], channels: int, height: int, width: int) -> Tensor:
         if self.latents is not None:
-            return self._normalised(self.latents, records, channels, image_size)
-        images = np.empty((len(records), channels, image_size, image_size), np.uint8)
+            return self._normalised(self.latents, records, (channels, height, width))
+        images = np.empty((len(records), channels, height, width), np.uint8)
         for place, record in enumerate(records):
             try:
-                images[place] = pixels(record.image, channels, image_size)
+                images[place] = pixels(record.image, channels, height, width)
             except ImageError as error:
                 raise ShardError(f"record {record.key} of split {self.split}: {error.reason}: ingest it anew") from None
         return torch.from_numpy(images).float().div_(127.5).sub_(1)
 
-    def _normalised(self, header: LatentHeader, records: Sequence[Record], channels: int, image_size: int) -> Tensor:
-        asked = (channels, image_size, image_size)
+    def _normalised(self, header: LatentHeader, records: Sequence[Record], asked: tuple[int, int, int]) -> Tensor:
         if asked != header.shape:
             raise ValueError(
                 f"split {self.split} in {self._folder} holds latents of shape {header.shape}, not {asked}: "

@@ -1,13 +1,16 @@
 """Captioned images as a unified model's microbatches: documents packed into rows of tokens.
 
 A record gives a document for each task: its image told in words, its caption drawn. Public rows hold as many documents
-as fit, over all ranks; a private row is one unit's and nobody else's. Documents' lengths are known from the shards'
-index before anything is read, so that every rank knows the whole step's rows, and what its losses are divided by.
+as fit, over all ranks; a private row is one unit's and nobody else's. Documents' lengths are known before a step reads
+anything, from the shards' index or from one reading at the start, so that every rank knows the whole step's rows, and
+what its losses are divided by.
 """
 
-# B rows of a microbatch, R records of a row, K noise draws a record, N tokens, F features of a patch, I images of a row
+# B rows of a microbatch, R records of a row, K noise draws a record, N tokens, F features of a patch,
+# I images of a row, C channels, H x W image size
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,10 +29,12 @@ from models.unified_objective import Losses, Totals, UnifiedObjective
 from train.config import FinetuneStage, TrainStage
 from train.config import Objective as ObjectiveSection
 from train.data import Indices, ShardDataset
+from train.images import upright_size
 from train.metrics import plot_expert_load
-from train.packing import Portion, Row, fit_caption, pack, rows_of_units, share
+from train.packing import Bucket, Portion, Row, bucket_of, fit_caption, image_buckets, pack, rows_of_units, share
 from train.parallel import World
-from train.randomness import record_draws
+from train.randomness import Draws, record_draws
+from train.shards import Record
 from train.step import Batches, Microbatch, Slots
 
 
@@ -86,7 +91,8 @@ class Documents(Batches):
 
     Guarantee: which documents a step has, and what each of them meets, is a function of the step, whatever the world
     size. In a private stage a row is a function of its unit alone, and so is its loss: what it is divided by is the
-    configuration's, and the number of the unit's records.
+    configuration's (where images have forms of their own, they may have a few patches less), and the number of the
+    unit's records.
     """
 
     def __init__(self, stage: TrainStage, config: UnifiedConfig, world: World, dataset: ShardDataset) -> None:
@@ -97,12 +103,15 @@ class Documents(Batches):
         self.private = isinstance(stage, FinetuneStage)
         if self.private:
             self.objective.require_private()
-        self.kept, self.dropped = self._measure_captions()
+        self.buckets = self._choose_buckets()
+        self.kept, self.dropped, self.sizes = self._measure()
         caption = self.section.caption_tokens or config.max_caption_tokens
         tasks = self.section.tasks
-        lengths = [self._length(task, round(caption)) for task in tasks]
+        lengths = [self._length(task, round(caption), config.num_patches) for task in tasks]
         self.fixed_totals = Totals(
-            caption + 1 if "image_to_text" in tasks else 1, self._noised_patches("text_to_image" in tasks), sum(lengths)
+            caption + 1 if "image_to_text" in tasks else 1,
+            stage.objective.noise_draws * config.num_patches if "text_to_image" in tasks else 1,
+            sum(lengths),
         )
         self.unit_flops = float(sum(config.forward_flops(1, length) for length in lengths))
         self._tally = torch.zeros(5, dtype=torch.float64, device=world.device)
@@ -117,7 +126,8 @@ class Documents(Batches):
                 f"{without.size} of {len(dataset)} records of split {dataset.split} have no caption, or an empty one, "
                 f"such as {dataset.read(int(without[0])).key}: ingest them with captions, or without these records"
             )
-        longest = max(self._length(task, self.config.max_caption_tokens) for task in self.section.tasks)
+        most = (self.config.max_caption_tokens, self.config.num_patches)
+        longest = max(self._length(task, *most) for task in self.section.tasks)
         if longest > self.section.row_tokens:
             raise ValueError(
                 f"documents.row_tokens is {self.section.row_tokens}, and a document may have {longest} tokens: raise "
@@ -140,7 +150,8 @@ class Documents(Batches):
         largest = self.stage.train.microbatch_size * self.section.row_tokens
         portions = share(rows, self.world.size, largest, 6 * self.config.width)[self.world.rank]
         mine = sorted({document.record for portion in portions for row in portion.rows for document in held[row]})
-        images, captions = self.dataset.captioned(mine, self.config.channels, self.config.image_size)
+        sizes = [self._size(record) for record in mine]
+        images, captions = self.dataset.cropped(mine, self.config.channels, sizes)
         read = {record: (images[n], self._encode(captions[n])) for n, record in enumerate(mine)}
         return Loaded([self._lay(step, portion, rows, held, of_rows, read) for portion in portions], totals, flops)
 
@@ -187,7 +198,8 @@ class Documents(Batches):
 
     def draw(self, folder: Path) -> list[Path]:
         """`expert_load.png`, where there are routers."""
-        return [] if self._told_LE is None else [plot_expert_load(folder, self._told_LE.tolist())]
+        modalities = ("text", "image") if self.config.modality_experts else ("expert",)
+        return [] if self._told_LE is None else [plot_expert_load(folder, self._told_LE.tolist(), modalities)]
 
     @torch.no_grad()
     def _count(self, found: Losses, batch: Packed) -> None:
@@ -197,38 +209,66 @@ class Documents(Batches):
             load_LE = found.load_LE.detach().double()
             self._load_LE = load_LE if self._load_LE is None else self._load_LE + load_LE
 
-    # --- lengths, which need no reading ---
+    # --- lengths, known before a step ---
 
-    def _measure_captions(self) -> tuple[Indices, Indices]:
+    def _choose_buckets(self) -> tuple[Bucket, ...]:
+        """The sizes that images may have, a function of the configuration alone. Raises ValueError for latents."""
+        config = self.config
+        if not self.section.buckets:
+            return ((config.image_size, config.image_size),)
+        if self.dataset.latents is not None:
+            raise ValueError(
+                f"documents.buckets is true, and data_from of {self.stage.name} is {self.stage.data_from}, which holds "
+                "latents, all of one square: set it to false, or name the stage that they were made from"
+            )
+        return image_buckets(config.patch_size, config.num_patches)
+
+    def _measure(self) -> tuple[Indices, Indices, Indices]:
         """Every record's tokens that are kept, -1 where it is to be left out, and that are dropped; int64 [records].
+        And its image's height and width, int64 [records, 2].
 
-        Captions that must be read for that are read here, each by one rank; a call of all ranks together.
+        Records that must be read for that, all of them where images have several sizes, are read here, each by one
+        rank; a call of all ranks together. Of an image only the header is looked at.
         """
         kept, dropped = self.dataset.caption_bytes.copy(), np.zeros(len(self.dataset), np.int64)
+        sizes = np.tile(np.array(self.buckets[0], np.int64), (len(self.dataset), 1))
         by_bytes = self.config.tokenizer == "bytes"
-        unknown = np.flatnonzero(kept > (self.config.max_caption_tokens if by_bytes else -1)).tolist()
-        mine = list[tuple[int, int, int]]()
-        for record in unknown[self.world.rank :: self.world.size]:
-            found = self._encode(self.dataset.read(record).caption)
-            mine.append((record, -1, 0) if found is None else (record, len(found.tokens), found.num_dropped))
+        unread = (kept > (self.config.max_caption_tokens if by_bytes else -1)) | self.section.buckets
+        mine = list[tuple[int, int, int, Bucket]]()
+        for index in np.flatnonzero(unread).tolist()[self.world.rank :: self.world.size]:
+            record = self.dataset.read(index)
+            found, size = self._encode(record.caption), self._bucket(record)
+            mine.append((index, -1, 0, size) if found is None else (index, len(found.tokens), found.num_dropped, size))
         for part in self.world.gather(mine):
-            for record, num_kept, num_dropped in part:
-                kept[record], dropped[record] = num_kept, num_dropped
-        return kept, dropped
+            for index, num_kept, num_dropped, size in part:
+                kept[index], dropped[index], sizes[index] = num_kept, num_dropped, size
+        return kept, dropped, sizes
+
+    def _bucket(self, record: Record) -> Bucket:
+        """The size that the record's image is cropped to: a function of the image alone."""
+        if not self.section.buckets:
+            return self.buckets[0]
+        try:
+            return bucket_of(*upright_size(record.image), self.buckets)
+        except ValueError as error:
+            raise ValueError(f"record {record.key} of split {self.stage.split}: {error}: ingest it anew") from None
 
     def _encode(self, caption: str | None) -> Encoded | None:
         """The caption's tokens as the stage wants them, None where the record is to be left out."""
         most = self.config.max_caption_tokens
         return None if caption is None else fit_caption(self.layout.tokenizer, caption, 0, most, self.section.too_long)
 
-    def _length(self, task: str, caption_tokens: int) -> int:
+    def _length(self, task: str, caption_tokens: int, num_patches: int) -> int:
         """Tokens of a document: a noised image comes once for each draw."""
         images = self.stage.objective.noise_draws if task == "text_to_image" else 1
-        return caption_tokens + DELIMITERS + images * (self.config.num_patches + DELIMITERS)
+        return caption_tokens + DELIMITERS + images * (num_patches + DELIMITERS)
 
-    def _noised_patches(self, num_documents: int) -> int:
-        """Of so many drawn captions; at least one, for it is divided by."""
-        return max(1, num_documents * self.stage.objective.noise_draws * self.config.num_patches)
+    def _size(self, record: int) -> Bucket:
+        height, width = self.sizes[record].tolist()
+        return height, width
+
+    def _num_patches(self, record: int) -> int:
+        return math.prod(self._size(record)) // self.config.patch_size**2
 
     def _plan(self, step: int, records: Indices) -> list[Planned]:
         """The records' documents, in order."""
@@ -236,17 +276,20 @@ class Documents(Batches):
         draws = record_draws(seed, stage, step, records.tolist(), (0,), 1)  # of K draws the first decides
         planned = list[Planned]()
         for record, dropped in zip(records.tolist(), (draws.dropout < dropout).tolist(), strict=True):
+            num_patches = self._num_patches(record)
             for task in self.section.tasks if self.kept[record] >= 0 else ():
                 bare = dropped and task == "text_to_image"
-                planned.append(Planned(record, task, bare, self._length(task, 0 if bare else int(self.kept[record]))))
+                length = self._length(task, 0 if bare else int(self.kept[record]), num_patches)
+                planned.append(Planned(record, task, bare, length))
         return planned
 
     def _counted(self, documents: Sequence[Planned], num_units: int) -> Totals:
         """What a step's documents have of each kind of token, for each of its units."""
         told = np.array([document.record for document in documents if document.task == "image_to_text"], np.int64)
-        text = max(1, int((self.kept[told] + (self.dropped[told] == 0)).sum()))
-        patches = self._noised_patches(len(documents) - len(told))
-        return Totals(*(total / num_units for total in (text, patches, max(1, sum(_lengths(documents))))))
+        text = int((self.kept[told] + (self.dropped[told] == 0)).sum())
+        drawn = sum(self._num_patches(document.record) for document in documents if document.task == "text_to_image")
+        counts = (text, drawn * self.stage.objective.noise_draws, sum(_lengths(documents)))
+        return Totals(*(max(1, count) / num_units for count in counts))  # they are divided by
 
     # --- rows ---
 
@@ -261,18 +304,21 @@ class Documents(Batches):
             [[_document(each, num_draws, *read[each.record]) for each in row] for row in planned], portion.num_tokens
         )
         drawn = [[each.record for each in row if each.task == "text_to_image"] for row in planned]
-        records = sorted({record for row in drawn for record in row})
-        shape = (self.config.channels, self.config.image_size, self.config.image_size)
-        draws = record_draws(self.stage.train.seed, self.stage.name, step, records, shape, num_draws)
-        place = {record: n * num_draws for n, record in enumerate(records)}
-        order = [place[record] + draw for row in drawn for record in row for draw in range(num_draws)]
+        draws = [self._draws(step, record) for row in drawn for record in row]
         noise_BNF, times_BI = torch.zeros_like(batch.patches_BNF), torch.zeros(batch.noised_BI.shape)
-        if order:  # as masks are read: row by row, and in a row from left to right
-            noise_BNF[batch.learnt_patches_BN] = torch.cat([self.layout.patchify(draws.noise[at]) for at in order])
-            times_BI[batch.noised_BI] = self.objective.flow.sample_timesteps(draws.timestep[order])
+        if draws:  # as masks are read: row by row, and in a row from left to right
+            noises = [self.layout.patchify(noise_CHW) for of_record in draws for noise_CHW in of_record.noise]
+            noise_BNF[batch.learnt_patches_BN] = torch.cat(noises)
+            times = torch.cat([of_record.timestep for of_record in draws])
+            times_BI[batch.noised_BI] = self.objective.flow.sample_timesteps(times)
         slots_BR = np.full((len(planned), of_rows.shape[1]), -1, np.int64)
         slots_BR[: len(mine)] = of_rows[mine]
         return Laid(slots_BR, batch, noise_BNF, times_BI, sum(len(rows[row].left_out) for row in mine))
+
+    def _draws(self, step: int, record: int) -> Draws:
+        """The noise and the times of the record's image, which comes K times."""
+        train, shape = self.stage.train, (self.config.channels, *self._size(record))
+        return record_draws(train.seed, self.stage.name, step, [record], shape, self.stage.objective.noise_draws)
 
 
 def _document(planned: Planned, num_draws: int, image: Tensor, caption: Encoded | None) -> Document:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,6 +31,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import ArrayLike, NDArray
+from PIL import Image
 from torch import Tensor, nn
 
 from models.registry import ModelConfig, build_module
@@ -42,6 +43,8 @@ from privacy.secrets import signing_seed
 from train.config import FinetuneStage
 from train.evaluation import one_thread
 from train.families import BATCHES
+from train.images import encode_png
+from train.latent_shards import LatentHeader
 from train.optim import ExponentialMovingAverage
 from train.parallel import World, join_world, shard_model
 from train.private import mechanism_terms, stage_clipper
@@ -129,11 +132,15 @@ class Records(Protocol):
 
     @property
     def caption_bytes(self) -> Indices: ...
+    @property
+    def latents(self) -> LatentHeader | None: ...
     def __len__(self) -> int: ...
     def digest(self, index: int) -> str: ...
     def read(self, index: int) -> Record: ...
     def batch(self, indices: Indices, channels: int, image_size: int) -> tuple[Tensor, Tensor]: ...
-    def captioned(self, indices: Indices, channels: int, image_size: int) -> tuple[Tensor, list[str | None]]: ...
+    def cropped(
+        self, indices: Indices, channels: int, sizes: Sequence[tuple[int, int]]
+    ) -> tuple[list[Tensor], list[str | None]]: ...
 
 
 @dataclass(frozen=True)
@@ -157,9 +164,16 @@ class CanarySplit:
         blank = np.full(self.num_canaries, len(_BLANK.encode()), np.int64)
         return np.concatenate([self.records.caption_bytes[: self.num_records], blank])
 
+    @property
+    def latents(self) -> LatentHeader | None:
+        """As a `ShardDataset`'s."""
+        return self.records.latents
+
     def read(self, index: int) -> Record:
-        """A public record, or one that has nothing but a caption."""
-        return self.records.read(index) if index < self.num_records else Record("canary", "canary", b"", None, _BLANK)
+        """A public record, or a blank one."""
+        if index < self.num_records:
+            return self.records.read(index)
+        return Record("canary", "canary", encode_png(Image.new("L", (1, 1))), None, _BLANK)
 
     def batch(self, indices: Indices, channels: int, image_size: int) -> tuple[Tensor, Tensor]:
         """Of ascending indices."""
@@ -168,13 +182,15 @@ class CanarySplit:
         images = torch.cat([images, images.new_zeros(blank, channels, image_size, image_size)])
         return images, torch.cat([labels, labels.new_zeros(blank)])
 
-    def captioned(self, indices: ArrayLike, channels: int, image_size: int) -> tuple[Tensor, list[str | None]]:
+    def cropped(
+        self, indices: ArrayLike, channels: int, sizes: Sequence[tuple[int, int]]
+    ) -> tuple[list[Tensor], list[str | None]]:
         """Of ascending indices."""
         chosen = np.asarray(indices, np.int64)
-        images, captions = self.records.captioned(chosen[chosen < self.num_records], channels, image_size)
-        blank = len(chosen) - len(images)
-        images = torch.cat([images, images.new_zeros(blank, channels, image_size, image_size)])
-        return images, [*captions, *[_BLANK] * blank]
+        public = chosen[chosen < self.num_records]
+        images, captions = self.records.cropped(public, channels, sizes[: len(public)])
+        blank = [torch.zeros(channels, *size) for size in sizes[len(public) :]]
+        return [*images, *blank], [*captions, *[_BLANK] * len(blank)]
 
 
 def throwaway_stage(

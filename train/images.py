@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import struct
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 16_000_000
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # decoders we let near foreign bytes
@@ -18,6 +20,8 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 # What Pillow raises on damaged bytes, besides OSError.
 _DAMAGE = (OSError, SyntaxError, ValueError, struct.error, EOFError, IndexError, TypeError, KeyError, MemoryError)
+
+_LYING = (5, 6, 7, 8)  # orientations whose rows are stored as columns
 
 
 class ImageError(ValueError):
@@ -33,20 +37,24 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
     Raises ImageError: "unknown_image_type", "too_many_pixels" (nothing was decoded) or "undecodable".
     """
-    try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        if image.width * image.height > max_pixels:
-            raise ImageError("too_many_pixels")
+    with _refusals():
+        image = _read_header(data, max_pixels)
         image.load()
-    except ImageError:
-        raise
-    except UnidentifiedImageError:  # also a known type whose header is broken
-        raise ImageError("unknown_image_type") from None
-    except Image.DecompressionBombError:
-        raise ImageError("too_many_pixels") from None
-    except _DAMAGE:
-        raise ImageError("undecodable") from None
     return _upright(image)
+
+
+def upright_size(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Height and width as `open_image` would have them, from the header: nothing is decoded.
+
+    Only the orientation that a PNG tells behind its pixels, where hardly any does, is not seen. Raises ImageError.
+    """
+    with _refusals():
+        image = _read_header(data, max_pixels)
+    try:
+        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)  # a PNG's own would decode it
+    except _DAMAGE:  # as `_upright`
+        orientation = 1
+    return (image.width, image.height) if orientation in _LYING else (image.height, image.width)
 
 
 def stored_extension(data: bytes) -> str | None:
@@ -63,7 +71,7 @@ def encode_png(image: Image.Image, channels: int | None = None, image_size: int 
     elif image.mode not in ("1", "L", "P", "RGB", "RGBA", "LA", "I;16"):
         image = image.convert("RGB")
     if image_size is not None:
-        image = _fit(image, image_size)
+        image = _fit(image, image_size, image_size)
     plain = image.copy()
     # The palette's transparent entry is part of the picture; all else in `info` is metadata.
     plain.info = {key: value for key, value in image.info.items() if key == "transparency"}
@@ -72,16 +80,38 @@ def encode_png(image: Image.Image, channels: int | None = None, image_size: int 
     return out.getvalue()
 
 
-def pixels(data: bytes, channels: int, image_size: int, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
-    """uint8 [C, H, W] with H = W = image_size: transparency over white, centre crop, bicubic resize where needed."""
-    image = _fit(_flatten(open_image(data, max_pixels), channels), image_size)
-    return np.asarray(image).reshape(image_size, image_size, channels).transpose(2, 0, 1)
+def pixels(data: bytes, channels: int, height: int, width: int, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+    """uint8 [C, height, width]: transparency over white, centre crop, bicubic resize where needed."""
+    image = _fit(_flatten(open_image(data, max_pixels), channels), height, width)
+    return np.asarray(image).reshape(height, width, channels).transpose(2, 0, 1)
 
 
-def _fit(image: Image.Image, image_size: int) -> Image.Image:
-    if image.size == (image_size, image_size):
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What Pillow raises, as ImageError."""
+    try:
+        yield
+    except ImageError:
+        raise
+    except UnidentifiedImageError:  # also a known type whose header is broken
+        raise ImageError("unknown_image_type") from None
+    except Image.DecompressionBombError:
+        raise ImageError("too_many_pixels") from None
+    except _DAMAGE:
+        raise ImageError("undecodable") from None
+
+
+def _read_header(data: bytes, max_pixels: int) -> Image.Image:
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    if image.width * image.height > max_pixels:
+        raise ImageError("too_many_pixels")
+    return image
+
+
+def _fit(image: Image.Image, height: int, width: int) -> Image.Image:
+    if image.size == (width, height):
         return image
-    return ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
+    return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
 
 
 def _flatten(image: Image.Image, channels: int) -> Image.Image:

@@ -220,7 +220,7 @@ class LatentsJob(BaseModel):
         images = np.empty((len(records), config.channels, config.image_size, config.image_size), np.uint8)
         for place, record in enumerate(records):
             try:
-                images[place] = pixels(record.image, config.channels, config.image_size)
+                images[place] = pixels(record.image, config.channels, *images.shape[2:])
             except ImageError as error:
                 raise ShardError(f"record {record.key}: {error.reason}: ingest it anew") from None
         device = next(model.parameters()).device

@@ -21,11 +21,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, SupportsFloat
 
+import numpy as np
+
 from checkpointing.store import write_durably
 
 METRICS = "metrics.jsonl"
 WandbMode = Literal["offline", "online", "disabled"]
 Value = SupportsFloat | str | None
+_MOST_LABELLED = 64  # cells of a picture that have their number in them
 
 
 class MetricsLogger:
@@ -236,8 +239,11 @@ def plot_curves(folder: Path) -> Path | None:
     return path
 
 
-def plot_expert_load(folder: Path, load_LE: Sequence[Sequence[float]]) -> Path:
-    """Draw each layer's choices by expert, as shares of an even load, and how the load's variation went."""
+def plot_expert_load(folder: Path, load_LE: Sequence[Sequence[float]], modalities: Sequence[str]) -> Path:
+    """Draw each layer's choices by expert, as shares of an even load within its modality, and how their variation went.
+
+    A layer's experts are equally many of each modality, in the modalities' order.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -245,12 +251,19 @@ def plot_expert_load(folder: Path, load_LE: Sequence[Sequence[float]]) -> Path:
     FigureCanvasAgg(figure)
     figure.suptitle(f"{folder.name}: expert load", x=0.01, ha="left", fontweight="bold")
     left, right = figure.subplots(1, 2)
-    shares = [[len(layer) * choices / max(1.0, sum(layer)) for choices in layer] for layer in load_LE]
-    image = left.imshow(shares, cmap="viridis", vmin=0, vmax=2, aspect="auto")
+    load_LME = np.reshape(load_LE, (len(load_LE), len(modalities), -1))
+    shares_LME = load_LME.shape[2] * load_LME / np.maximum(1, load_LME.sum(2, keepdims=True))
+    shares_LE = shares_LME.reshape(len(load_LE), -1)
+    image = left.imshow(shares_LE, cmap="RdBu_r", vmin=0, vmax=2, aspect="auto")
     figure.colorbar(image, ax=left)
     left.set_title("Share of an even load, at the end", loc="left", fontsize=10)
-    left.set_xlabel("expert")
+    names = [f"{modality} {number}" for modality in modalities for number in range(load_LME.shape[2])]
+    left.set_xticks(range(len(names)), names)
+    left.set_yticks(range(len(shares_LE)))
     left.set_ylabel("layer")
+    if shares_LE.size <= _MOST_LABELLED:
+        for (layer, expert), share in np.ndenumerate(shares_LE):
+            left.text(expert, layer, f"{share:.2f}", ha="center", va="center", fontsize=9)
     points = [(row["step"], row["expert_load_cv"]) for row in read_metrics(folder) if "expert_load_cv" in row]
     if points:
         steps, values = zip(*points, strict=True)

@@ -237,12 +237,11 @@ def image_buckets(patch_size: int, max_patches: int) -> tuple[Bucket, ...]:
 def bucket_of(height: int, width: int, buckets: Sequence[Bucket]) -> Bucket:
     """The bucket whose aspect is nearest to an image's, by ratio; a function of the image alone.
 
-    Raises ValueError for an image without area or of extreme aspect.
+    An image of more extreme aspect than any bucket has goes to the last of them, and is to be cropped as any other: so
+    that `models.packed.Layout` never meets one that it would refuse. Raises ValueError for an image without area.
     """
     if min(height, width) < 1:
         raise ValueError(f"an image is {height} x {width}: it has no area")
-    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
-        raise ValueError(f"an image is {height} x {width}: one side may be {MAX_ASPECT_RATIO} times the other, no more")
     return min(buckets, key=lambda bucket: abs(math.log(bucket[0] * width / (bucket[1] * height))))
 
 

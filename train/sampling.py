@@ -148,7 +148,7 @@ def read_image(path: Path, channels: int, image_size: int) -> Tensor:
         width, height = open_image(data).size
         if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
             raise ValueError(f"{path} is {width} x {height}: crop it to a ratio of {MAX_ASPECT_RATIO} or less")
-        return torch.from_numpy(pixels(data, channels, image_size).copy()).float().div_(127.5).sub_(1)
+        return torch.from_numpy(pixels(data, channels, image_size, image_size).copy()).float().div_(127.5).sub_(1)
     except ImageError as error:
         raise ValueError(f"{path} is no image that can be read ({error.reason}): give PNG, JPEG, WebP or GIF") from None
 

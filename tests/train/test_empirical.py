@@ -1,6 +1,7 @@
 """The empirical check: canaries take the way of every record, and broken engines are told from the real one."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ class BlankRecords:
     """Ten public records, without captions."""
 
     caption_bytes = np.full(10, -1)
+    latents = None
 
     def __len__(self) -> int:
         return 10
@@ -49,9 +51,10 @@ class BlankRecords:
         images = torch.rand(len(indices), channels, image_size, image_size, generator=generator) * 2 - 1
         return images, torch.as_tensor(indices) % 10
 
-    def captioned(self, indices: np.ndarray, channels: int, image_size: int) -> tuple[torch.Tensor, list[str | None]]:
-        images, _ = self.batch(indices, channels, image_size)
-        return images, [None] * len(images)
+    def cropped(
+        self, indices: np.ndarray, channels: int, sizes: Sequence[tuple[int, int]]
+    ) -> tuple[list[torch.Tensor], list[str | None]]:
+        return [torch.zeros(channels, *size) for size in sizes], [None] * len(sizes)
 
     def read(self, index: int) -> Record:
         return Record(f"r{index}", f"r{index}", b"", None, None)
