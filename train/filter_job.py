@@ -204,7 +204,11 @@ class FilterJob(BaseModel):
             commit(files, self._output(task), ".json" if isinstance(task, _SplitTask) else SUFFIX)
 
     def look(self) -> tuple[int, int]:
-        """Records done, of how many: each counts once a pass. ValueError once it is sure that too many are damaged."""
+        """Records that are through the policy, of how many: to leave copies out then takes seconds.
+
+        ValueError once it is sure that too many are damaged.
+        """
+        first = [task for task in self._tasks if task.round == self._tasks[0].round]
         held: list[str] = []
         there = {folder: set(folder.glob("*")) for folder in {self._output(task).parent for task in self._tasks}}
         for task in self._tasks:
@@ -213,11 +217,11 @@ class FilterJob(BaseModel):
             if self._output(task, SUFFIX) in there[self._output(task).parent] and (made := self._standing(task)):
                 self._damaged[task.name] = made.damaged
                 self._outcomes[task.shard] = {name: made.counts[name] for name in OUTCOMES}  # of its last pass
-            elif self._output(task, LEASE) in there[self._output(task).parent]:
+            elif task.round == first[0].round and self._output(task, LEASE) in there[self._output(task).parent]:
                 held.append(task.name)
-        self._stop_if_damaged()
-        done = sum(task.records for task in self._tasks if task.name in self._damaged)
-        return done + leases(self.folder, held), sum(task.records for task in self._tasks)
+        self._stop_if_damaged(first)
+        done = sum(task.records for task in first if task.name in self._damaged)
+        return done + leases(self.folder, held), sum(task.records for task in first)
 
     def counts(self) -> dict[str, int]:
         """Records by outcome in the shards that are done, as of the last `look`."""
@@ -229,9 +233,9 @@ class FilterJob(BaseModel):
             self._sandbox.close()
             self._sandbox = None
 
-    def _stop_if_damaged(self) -> None:
+    def _stop_if_damaged(self, first: Sequence[Task]) -> None:
         """Each worker asks this of what all have committed, so whose shard it was that passed the limit hears of it."""
-        seen = [task for task in self._tasks if task.round == self._tasks[0].round and task.name in self._damaged]
+        seen = [task for task in first if task.name in self._damaged]
         damaged, total = sum(self._damaged[task.name] for task in seen), sum(shard.records for shard in self.shards)
         if damaged > self.max_quarantine_fraction * total:
             raise ValueError(

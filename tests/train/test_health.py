@@ -40,7 +40,7 @@ class Corrupted(PublicStep):
 
 
 def poisoned(batch: Any) -> Any:
-    batch.images[0, 0, 0, 0] = torch.inf
+    batch.records.images[0, 0, 0, 0] = torch.inf
     return batch
 
 
