@@ -314,7 +314,7 @@ class Checkpointer:
         self._failing = None if math.isinf(values[2]) else int(values[2])
         with self._heard:
             for save, snapshot in list(self._durable.items()):
-                if save.sequence == committed:
+                if save.sequence == committed and self.rank != 0:  # rank 0 may have heard of a newer one since
                     self._committed = save
                 if save.sequence <= committed or (save.sequence == failed and not snapshot.reading_slot):
                     del self._durable[save]

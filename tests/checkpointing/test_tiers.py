@@ -142,6 +142,28 @@ def test_a_save_on_its_way_to_a_slow_disk_is_never_overwritten(tiers: Tiers, mon
     assert report["flushed_s"] > 1.5
 
 
+def test_a_commit_heard_of_while_ranks_agree_on_the_one_before_is_not_forgotten(
+    tiers: Tiers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SFUMATO_FAILPOINT", "shard.half_written!delay=0.3")
+    with open_alone(tiers) as checkpointer:
+
+        def newest_is(step: int) -> bool:
+            newest = checkpointer.newest_durable()
+            return newest is not None and newest.step == step
+
+        def slowly(values: list[float]) -> list[float]:
+            until(lambda: newest_is(2))
+            return values
+
+        take_whole(checkpointer, 1, durable=True)
+        take_whole(checkpointer, 2, durable=True)
+        until(lambda: newest_is(1))
+        checkpointer.agree = slowly
+        checkpointer.drain()  # asked first when 1 was the newest, answered when 2 was
+        assert newest_is(2)
+
+
 def test_a_durable_save_waits_for_a_slot_and_says_how_long(
     tiers: Tiers, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
