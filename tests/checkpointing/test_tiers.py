@@ -145,22 +145,22 @@ def test_a_save_on_its_way_to_a_slow_disk_is_never_overwritten(tiers: Tiers, mon
 def test_a_commit_heard_of_while_ranks_agree_on_the_one_before_is_not_forgotten(
     tiers: Tiers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("SFUMATO_FAILPOINT", "shard.half_written!delay=0.3")
+    monkeypatch.setenv("SFUMATO_FAILPOINT", "shard.half_written!delay=0.5")  # of the first: both are on their way
     with open_alone(tiers) as checkpointer:
 
         def newest_is(step: int) -> bool:
             newest = checkpointer.newest_durable()
             return newest is not None and newest.step == step
 
-        def slowly(values: list[float]) -> list[float]:
+        def late(values: list[float]) -> list[float]:
             until(lambda: newest_is(2))
-            return values
+            checkpointer.agree = lambda values: values
+            return [*values[:3], 1.0]  # what was asked when the first was the newest
 
         take_whole(checkpointer, 1, durable=True)
         take_whole(checkpointer, 2, durable=True)
-        until(lambda: newest_is(1))
-        checkpointer.agree = slowly
-        checkpointer.drain()  # asked first when 1 was the newest, answered when 2 was
+        checkpointer.agree = late
+        checkpointer.drain()
         assert newest_is(2)
 
 

@@ -100,7 +100,7 @@ def test_what_a_worker_finds_wrong_is_told_as_this_process_would(shards: Path, t
 def test_all_executors_make_the_same_of_copies_too(shards: Path, tmp_path: Path) -> None:
     one, _ = run(job(shards, tmp_path / "one", duplicates=True), Executor(workers=1))
     two, told = run(job(shards, tmp_path / "two", duplicates=True), Executor(workers=2))
-    assert two == one and told[-1][:2] == (52, 52)
+    assert two == one and told[-1][:2] == (26, 26)
     assert "dropped 0" not in told[-1][2]
 
 
