@@ -4,6 +4,8 @@ A recipe is a folder of stage files run in the order of their numbers; `configs/
 named `finetune_dp`. This file holds the stages a recipe may have; `train/recipe.py` reads them.
 """
 
+# One file: it is the reference of every key that a recipe may have, and stages share their sections.
+
 from __future__ import annotations
 
 import copy

@@ -91,17 +91,6 @@ def pack(lengths: Sequence[int], num_tokens: int) -> list[Row]:
     return [_row(sorted(places), lengths, num_tokens) for places in held]
 
 
-def choose_row_tokens(lengths: Sequence[int], most: int, multiple: int = 8) -> int:
-    """The length of rows, a multiple from half of `most` on, in which these lengths, of public data, are padded least.
-
-    Where documents are alike it matters: four of 76 tokens fill a row of 304, and six leave 56 tokens of one of 512.
-    """
-    tried = [tokens for tokens in range(multiple, most + 1, multiple) if tokens >= max(most / 2, *lengths)]
-    if not tried:
-        raise ValueError(f"most is {most}, and the longest document has {max(lengths)} tokens: allow longer rows")
-    return min(tried, key=lambda tokens: padding_fraction(pack(lengths, tokens)))
-
-
 def rows_of_units(units: Sequence[Sequence[int]], bounds: Sequence[int]) -> list[Row]:
     """One row for each unit, given as the lengths of its documents, padded to the least of `bounds` that holds them.
 

@@ -21,7 +21,6 @@ from train.packing import (
     Row,
     bucket_of,
     choose_bounds,
-    choose_row_tokens,
     fit_caption,
     image_buckets,
     pack,
@@ -80,15 +79,6 @@ def test_documents_of_like_lengths_leave_no_gaps() -> None:
     lengths = [18 + caption % 7 for caption in captions(0, 600)]  # three fill a row of 64, or nearly
     assert padding_fraction(pack(lengths, TOKENS)) < 0.05
     assert len(pack(lengths, TOKENS)) < len(first_fit_decreasing(lengths))
-
-
-def test_the_chosen_length_of_rows_is_the_one_that_is_padded_least() -> None:
-    assert choose_row_tokens([76] * 600, most=512) == 304
-    lengths = [68 + caption % 16 for caption in captions(0, 300)]
-    chosen = choose_row_tokens(lengths, most=512)
-    assert 256 <= chosen <= 512 and chosen % 8 == 0 and padding_fraction(pack(lengths, chosen)) < 0.03
-    with pytest.raises(ValueError, match="most is 64, and the longest document has 65 tokens"):
-        choose_row_tokens([65, 1], most=64)
 
 
 def test_a_step_resumed_packs_as_the_unbroken_run_did() -> None:
