@@ -1,7 +1,10 @@
-"""What it costs and saves to spread experts over two ranks of this machine: time, memory, what goes between them."""
+"""What a mixture of experts costs beside a dense network that does as much for a token; and what it costs and saves to
+spread its experts over two ranks of this machine: time, memory, what goes between them.
+"""
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import statistics
@@ -21,12 +24,14 @@ from models.tokenizer import ByteTokenizer
 from models.unified import Unified, UnifiedConfig
 from models.unified_objective import Totals, UnifiedObjective
 from train import ROOT
+from train.benchmarks import Work, interleaved, ratio
 from train.config import Optim, Parallel
 from train.measurements import Row
 from train.parallel import Backend, World, build_model, join_world
 from train.state import initialise
 
 ROUNDS = 10
+MOST_OVER_DENSE = 1.25
 NUM_ROWS, CAPTION_BYTES, IMAGE_SIZE, PATCH = 8, 95, 16, 2
 MODEL = UnifiedConfig(
     width=256, depth=4, heads=4, channels=1, patch_size=PATCH, image_size=IMAGE_SIZE,
@@ -35,7 +40,25 @@ MODEL = UnifiedConfig(
 
 
 def experts() -> list[Row]:
-    """Steps of two ranks that share 8 experts, against those of the same ranks with all experts each."""
+    """A step of 8 experts over a dense one's, and steps of two ranks that share the experts over those that do not."""
+    return [_over_dense(), *_spread_over_two()]
+
+
+def _over_dense() -> Row:
+    """One process, all its cores: forward, backward and update, the dense hidden width being that of the chosen two."""
+    world, dense = join_world(), MODEL.model_copy(update={"num_experts": 1, "top_k": 1})
+    take = _Step(world)
+    backends = {name: _build(world, "single", 1, config) for name, config in (("mixture", MODEL), ("dense", dense))}
+    works: dict[str, Work] = {name: functools.partial(take, backend) for name, backend in backends.items()}
+    for work in works.values():
+        work()
+    value = ratio(interleaved(works, ROUNDS), "mixture", "dense")
+    return Row(
+        name="experts.step_over_dense", value=value, unit="x", target=MOST_OVER_DENSE, ok=value <= MOST_OVER_DENSE
+    )
+
+
+def _spread_over_two() -> list[Row]:
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", __name__]
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -68,10 +91,10 @@ def _measure(world: World) -> list[Row]:
     return rows
 
 
-def _build(world: World, name: str, parts: int) -> Backend:
+def _build(world: World, name: str, parts: int, config: UnifiedConfig = MODEL) -> Backend:
     parallel = Parallel(backend=name, nproc=world.size, expert_parallel=parts)  # type: ignore[arg-type]
     optim = Optim(learning_rate=1e-3)
-    backend = build_model(lambda: Unified(MODEL), world, parallel, optim, microbatch_size=NUM_ROWS, bf16=False)
+    backend = build_model(lambda: Unified(config), world, parallel, optim, microbatch_size=NUM_ROWS, bf16=False)
     initialise(backend, seed=0)
     return backend
 
