@@ -269,9 +269,8 @@ class RowSums:
         return _squared_norms_of_grams(torch.bmm(left_BND, left_BND.mT), same_BNN, (left_BND.shape[2], 1))
 
     def weighted_sum(self, weights: RecordWeights) -> Tensor:
-        weighted_BND = weights.scale(self._added)
-        total = weighted_BND.new_zeros(self.shape)
-        return total.index_add_(0, self.rows_BN.clamp(min=0).reshape(-1), weighted_BND.flatten(0, 1))
+        weighted_TD = weights.scale(self._added).flatten(0, 1)
+        return _rows_summed(weighted_TD, self.rows_BN.clamp(min=0).flatten(), self.shape[0])
 
     def outer_products(self) -> OuterProducts:
         one_hot_BNV = F.one_hot(self.rows_BN.clamp(min=0), self.shape[0]).to(self._added.dtype)
@@ -291,22 +290,16 @@ class ExpertOuterProducts:
     shape: torch.Size
 
     def squared_norms(self, *, reuse: Reuse = None) -> Tensor:
-        left, right = (at_least_fp32(x).flatten(0, 1) for x in (self.left_BND, self.right_BNP))
-        B, shape = len(self.experts_BN), self.shape[1:]
-        squared_B = left.new_zeros(B)
-        for segments_S, tokens_SM in self._segments_of_like_length():
-            there_SM1 = (tokens_SM >= 0)[..., None]
-            left_SMD, right_SMP = (x[tokens_SM.clamp(min=0)].masked_fill(~there_SM1, 0.0) for x in (left, right))
-            norms_S = OuterProducts(left_SMD[:, None], right_SMP[:, None], shape).squared_norms()
-            squared_B.index_put_((segments_S % B,), norms_S, accumulate=True)
+        squared_B = self.left_BND.new_zeros(len(self.experts_BN), dtype=_at_least_fp32_of(self.left_BND))
+        for _, records_S, products in self._parts():
+            squared_B.index_add_(0, records_S, products.squared_norms())
         return squared_B
 
     def weighted_sum(self, weights: RecordWeights) -> Tensor:
-        order_T, counts_EB = self._sorted
-        left, right = weights.scale(self.left_BND).flatten(0, 1), weights.mask(self.right_BNP).flatten(0, 1)
-        of_experts = counts_EB.sum(1).tolist()
-        factors = (x.index_select(0, order_T).split(of_experts) for x in (left, right))
-        return torch.stack([left_nD.mT @ right_nP for left_nD, right_nP in zip(*factors, strict=True)])
+        total_EDP = self.left_BND.new_zeros(self.shape, dtype=_at_least_fp32_of(self.left_BND))
+        for expert, records_S, products in self._parts():  # those that were measured: they are summed as they were
+            total_EDP[expert] += products.weighted_sum(RecordWeights(weights.weights_B[records_S]))
+        return total_EDP
 
     @cached_property
     def _sorted(self) -> tuple[Tensor, Tensor]:
@@ -317,21 +310,25 @@ class ExpertOuterProducts:
         edges = torch.arange(E * B + 1, device=order_T.device)
         return order_T, torch.searchsorted(sorted_T, edges).diff().view(E, B).cpu()
 
-    def _segments_of_like_length(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pairs of expert and record (as e * B + b) that have about equally many tokens, and those, -1 where fewer."""
+    def _parts(self) -> Iterator[tuple[int, Tensor, OuterProducts]]:
+        """(expert, records, what their tokens of it add up to): together those that sent it about equally many."""
         order_T, counts_EB = self._sorted
-        counts, begins = counts_EB.flatten(), counts_EB.flatten().cumsum(0) - counts_EB.flatten()
-        lengths, segments = counts.sort(descending=True)
-        first, num_used = 0, int((lengths > 0).sum())
-        while first < num_used:
-            longest = int(lengths[first])
-            end = int((lengths > _LIKE_LENGTH * longest).sum())
-            own_S, places_M = segments[first:end], torch.arange(longest)
-            places_SM = begins[own_S, None] + places_M
-            there_SM = places_M < counts[own_S, None]
-            places_SM, there_SM, own_S = (x.to(order_T.device) for x in (places_SM, there_SM, own_S))
-            yield own_S, torch.where(there_SM, order_T[places_SM.clamp(max=len(order_T) - 1)], -1)
-            first = end
+        begins_EB = (counts_EB.flatten().cumsum(0) - counts_EB.flatten()).view_as(counts_EB)
+        for expert, (counts_B, begins_B) in enumerate(zip(counts_EB, begins_EB, strict=True)):
+            lengths_B, records_B = counts_B.sort(descending=True)
+            first, num_records = 0, int((lengths_B > 0).sum())
+            while first < num_records:
+                longest = int(lengths_B[first])
+                end = int((lengths_B > _LIKE_LENGTH * longest).sum())
+                own_S, places_M = records_B[first:end], torch.arange(longest)
+                there_SM = (places_M < counts_B[own_S, None]).to(order_T.device)
+                places_SM = (begins_B[own_S, None] + places_M).clamp(max=len(order_T) - 1).to(order_T.device)
+                left_S1MD, right_S1MP = (
+                    x.flatten(0, 1)[order_T[places_SM]].masked_fill(~there_SM[..., None], 0.0)[:, None]
+                    for x in (self.left_BND, self.right_BNP)
+                )
+                yield expert, own_S.to(order_T.device), OuterProducts(left_S1MD, right_S1MP, self.shape[1:])
+                first = end
 
     def outer_products(self) -> OuterProducts:
         one_hot_BENx1 = F.one_hot(self.experts_BN, self.shape[0]).movedim(2, 1)[..., None]
@@ -352,11 +349,11 @@ class TableUses:
     def squared_norms(self, *, reuse: Reuse = None) -> Tensor:
         left_BNV, right_BND = self.products._factors()
         rows_BM, added_BMD = self.rows.rows_BN.clamp(min=0), self.rows._added
-        (B, N, V), (M, D) = left_BNV.shape, added_BMD.shape[1:]
-        if left_BNV.device.type == "cpu" and N * V * N + (N + M) ** 2 * D > N * V * D:
-            formed_BVD = left_BNV.mT @ right_BND
+        (B, N, V), D = left_BNV.shape, added_BMD.shape[2]
+        if left_BNV.device.type == "cpu" and self.products._forming_pays(None):  # and so they are summed
             places_BM = rows_BM + V * torch.arange(B)[:, None]
-            formed_BVD.view(B * V, D).index_add_(0, places_BM.flatten(), added_BMD.flatten(0, 1))
+            rows_BVD = _rows_summed(added_BMD.flatten(0, 1), places_BM.flatten(), B * V).view(B, V, D)
+            formed_BVD = left_BNV.mT @ right_BND + rows_BVD
             spread_B = (_norms(left_BNV) * _norms(right_BND)).sum(1) + _norms(added_BMD).sum(1)
             return _allow_for_sum(_norms(_norms(formed_BVD)), spread_B).square()
         met_BNM = left_BNV.gather(2, rows_BM[:, None, :].expand(-1, N, -1))
@@ -629,6 +626,15 @@ def _in_rows(x_TD: Tensor) -> Tensor:
 def at_least_fp32(x: Tensor) -> Tensor:
     """`x` itself in fp64, otherwise in fp32: norms and sums over records are never taken in fewer bits."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def _at_least_fp32_of(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _rows_summed(left_TD: Tensor, rows_T: Tensor, num_rows: int) -> Tensor:
+    """Each row's sum, (num_rows, D), in one order on a GPU too; in fp64, for a row's tokens are added one by one."""
+    return torch.ops.aten.embedding_dense_backward(left_TD.double(), rows_T, num_rows, -1, False).to(left_TD.dtype)
 
 
 def _sums(left_BND: Tensor) -> Tensor:

@@ -77,44 +77,24 @@ class Routing:
         """Experts, chosen or not."""
         return len(self.offsets_E1) - 1
 
-    def load(self) -> Tensor:
-        """Each expert's share of all choices, (E,); sums to one, or to zero where there is no token."""
-        return self.offsets_E1.diff() / max(self.order_S.numel(), 1)
 
-
-def route(logits_TE: Tensor, top_k: int, *, bias_E: Tensor | None = None, normalise: bool = True) -> Routing:
+def route(logits_TE: Tensor, top_k: int, *, normalise: bool = True) -> Routing:
     """Each token to the `top_k` experts of the highest logit, the lower expert first among equals.
 
-    Weights are the experts' softmax probabilities; with `normalise` those of the chosen ones sum to one. With `bias_E`,
-    probability + bias chooses, and weighs nothing (loss-free balancing, Wang et al. 2024, arXiv:2408.15664, Eq. 3). In
-    fp32 at least. Raises ValueError on shapes that do not fit, and where `top_k` is not in 1..E.
+    Weights are the experts' softmax probabilities, in fp32 at least; with `normalise` those of the chosen ones sum to
+    one. Raises ValueError on shapes that do not fit, and where `top_k` is not in 1..E.
     """
     if logits_TE.ndim != 2 or not logits_TE.is_floating_point():
         raise ValueError(f"logits_TE is {_said(logits_TE)}: give floats of shape (tokens, experts)")
     num_experts = logits_TE.shape[1]
     if not 1 <= top_k <= num_experts:
         raise ValueError(f"top_k is {top_k}: give 1 to {num_experts}, the number of experts")
-    if bias_E is not None and bias_E.shape != (num_experts,):
-        raise ValueError(f"bias_E is {_said(bias_E)}: give one number for each of {num_experts} experts")
     logits_TE = logits_TE if logits_TE.dtype == torch.float64 else logits_TE.float()
-    scores_TE = logits_TE.detach()
-    if bias_E is not None:
-        scores_TE = scores_TE.softmax(1) + bias_E.detach()
-    experts_TA = _highest(scores_TE, top_k)
+    experts_TA = _highest(logits_TE.detach(), top_k)
     # normalised by the chosen logits alone: the same as by the sum, and not 0 / 0 where all chosen are improbable
     chosen_TA = logits_TE.gather(1, experts_TA)
     weights_TA = chosen_TA.softmax(1) if normalise else (chosen_TA - logits_TE.logsumexp(1, keepdim=True)).exp()
     return Routing.of(experts_TA, weights_TA, num_experts)
-
-
-def aux_loss(logits_TE: Tensor, load_E: Tensor) -> Tensor:
-    """E * sum_e load_e * (mean probability of e): 1 where balanced, E where all choose one (Switch, Eq. 4).
-
-    `load_E` is `Routing.load()`, or its mean over all ranks. It couples records: not for private stages.
-    Source: Fedus et al. 2021 (arXiv:2101.03961), with each of a token's choices counted.
-    """
-    share_E = logits_TE.float().softmax(1).sum(0) / max(len(logits_TE), 1)
-    return len(load_E) * (load_E * share_E).sum()
 
 
 def z_loss(logits_TE: Tensor) -> Tensor:
@@ -123,14 +103,6 @@ def z_loss(logits_TE: Tensor) -> Tensor:
     A token's own, it couples no records. Source: Zoph et al. 2022, ST-MoE (arXiv:2202.08906), Eq. 5.
     """
     return logits_TE.float().logsumexp(1).square()
-
-
-def balanced_bias(bias_E: Tensor, load_E: Tensor, rate: float) -> Tensor:
-    """The next step's `bias_E`: up by `rate` for experts with less than their share of the load, down for the others.
-
-    Source: Wang et al. 2024 (arXiv:2408.15664), Alg. 1. It couples records: not for private stages.
-    """
-    return bias_E + rate * (load_E.mean() - load_E).sign()
 
 
 def load_variation(load_E: Tensor) -> Tensor:

@@ -113,6 +113,18 @@ class Experts(PerRecordModule):
         return (y_TAD * routing.weights_TA[..., None]).sum(1).to(y_SD.dtype)
 
 
+class Router(Linear):
+    """Logits of the experts, [B, N, D] -> [B, N, E], in at least fp32, whatever autocast says and the weights are in.
+
+    In bf16 they would tie (Fedus et al. 2021, section 2.4): fsdp2 hands a public step its weights in bf16.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = at_least_fp32(self.weight)
+        with torch.autocast(input.device.type, enabled=False):
+            return per_record.linear(input.to(weight.dtype), weight, None, self.site)
+
+
 class MixtureOfExperts(nn.Module):
     """`num_experts` experts for each of M modalities; a router picks `top_k` of those of a token's own modality.
 
@@ -123,7 +135,7 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         self.num_experts, self.top_k, self.num_modalities = num_experts, top_k, num_modalities
         total = num_experts * num_modalities
-        self.router = Linear(width, total, bias=False) if num_experts > 1 else None
+        self.router = Router(width, total, bias=False) if num_experts > 1 else None
         self.experts = Experts(total, width, hidden_width)
 
     def forward(self, x_BND: Tensor, modality_BN: Tensor, present_BN: Tensor) -> tuple[Tensor, Routed | None]:
@@ -132,8 +144,7 @@ class MixtureOfExperts(nn.Module):
             modality_T1 = modality_BN.reshape(-1, 1)
             ones_T1 = torch.ones_like(modality_T1, dtype=torch.float32)
             return self.experts(x_BND, Routing.of(modality_T1, ones_T1, self.num_modalities)), None
-        with torch.autocast(x_BND.device.type, enabled=False):  # bf16 logits would tie (Switch, section 2.4)
-            logits_BNE = at_least_fp32(self.router(x_BND.to(self.router.weight.dtype)))
+        logits_BNE = self.router(x_BND)
         if self.num_modalities > 1:
             of_modality_E = torch.arange(logits_BNE.shape[2], device=x_BND.device) // self.num_experts
             logits_BNE = logits_BNE.masked_fill(of_modality_E != modality_BN[..., None], -torch.inf)

@@ -33,12 +33,11 @@ def draw_images(
     sampler: Sampler = "euler",
     steps: int = 50,
     guidance: float = 1.0,
-    no_caption: Document = NO_CAPTION,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """The image that each document goes on with, of the noise's size; fp32 [B, C, H, W], about [-1, 1], unclamped.
 
-    Under `guidance` w the prediction is that of `no_caption` + w times the difference that the document makes
+    Under `guidance` w the prediction is that of an empty caption + w times the difference that the document makes
     (`models.flow.sample`). Raises ValueError for what `Layout.pack` refuses, a document that has a noised image, and
     another number of documents than of noise.
     """
@@ -50,7 +49,7 @@ def draw_images(
     patches = slice(1, 1 + num_patches)
     guided = guidance != 1
     # the last row's is for guidance
-    cache, places_B = _read(model, layout, [*documents, no_caption], num_patches + 2)
+    cache, places_B = _read(model, layout, [*documents, NO_CAPTION], num_patches + 2)
 
     def predict(x_RNF: Tensor, t_R: Tensor, rows_R: Tensor) -> Tensor:
         own = image.rows(rows_R.clamp(max=len(documents) - 1))

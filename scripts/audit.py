@@ -28,10 +28,10 @@ EPILOG = """\
 exit status:
   0  every claim holds (or there is no private stage, and no manifest claims a ledger)
   1  a claim is false: the ledger is broken, or says something else than the manifests
-  2  the folder cannot be read as a run
+  2  the folder cannot be read as a run, or a file in it cannot be read
 
-The audit needs neither the weights nor the data nor the secret, and changes nothing. Where filtered shards lie in the
-run folder, it reads every byte of them, unless --no-shards is given.
+The audit needs neither the weights nor the data nor the secret, and changes nothing. Where filtered shards and latents
+lie in the run folder, it reads every byte of them, unless --no-shards is given.
 
 examples:
   python scripts/audit.py runs/digits

@@ -27,7 +27,6 @@ from train.config import DiffusersVae, LatentsStage, TrainStage
 from train.data import ShardDataset
 from train.latent_shards import SPLIT_OF_STATISTICS, read_header
 from train.parallel import World
-from train.randomness import record_draws
 from train.run_folder import RunFolder
 from train.step import Batches, Microbatch, Slots
 from train.tasks import digest_of
@@ -79,9 +78,8 @@ class Autoencoding(Batches):
             yield self._microbatch(loaded, part, size, last=index == count - 1)
 
     def _microbatch(self, loaded: Loaded, part: slice, size: int, *, last: bool) -> Microbatch:
-        there, train = loaded.slots[part], self.stage.train
-        shape = self.config.latent_shape
-        draws = record_draws(train.seed, self.stage.name, loaded.step, there[:, 0].tolist(), shape, 1)
+        there = loaded.slots[part]
+        draws = self.draws(loaded.step, there[:, 0].tolist(), self.config.latent_shape, 1)
 
         def padded(values: Tensor) -> Tensor:
             rows = values.new_zeros(size, *values.shape[1:])
@@ -150,7 +148,7 @@ def save_vae(folder: Path, vae: VAE, more: Mapping[str, Any] | None = None) -> N
 
 @dataclass(frozen=True)
 class Decoder:
-    """Latents as models see them, of mean 0 and deviation 1 a channel, back to images."""
+    """Latents as models see them, of mean 0 and deviation 1 a channel, back to images, and images to these."""
 
     vae: VAE
     mean: tuple[float, ...]
@@ -163,6 +161,20 @@ class Decoder:
         mean, std = (latents_Bchw.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
         images = [vae.decode(part * std + mean) for part in latents_Bchw.split(_DECODED)]
         return torch.cat(images).clamp_(-1.0, 1.0) if images else latents_Bchw.new_empty(0, *self.image_shape)
+
+    @torch.no_grad()
+    def encode(self, images_BCHW: Tensor) -> Tensor:
+        """[B, C, H, W] in [-1, 1] -> float32 [B, c, h, w]: the posterior's mean, in float16 as shards hold it.
+
+        ValueError where float16 cannot hold it.
+        """
+        mean, std = (images_BCHW.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
+        vae = self.vae.to(images_BCHW.device)
+        latents = [vae.encode(part)[0].half().float() for part in images_BCHW.split(_DECODED)]
+        latents_Bchw = torch.cat(latents) if latents else images_BCHW.new_empty(0, *vae.config.latent_shape)
+        if not bool(torch.isfinite(latents_Bchw).all()):
+            raise ValueError("an image encodes to what float16 cannot hold: the model has seen none like it")
+        return (latents_Bchw - mean) / std
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

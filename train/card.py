@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from privacy.audit import AuditReport
-from train.config import FilterStage
+from train.config import FilterStage, LatentsStage
 from train.run_folder import RunFolder
 
 MECHANISM = ("sampling", "expected_batch_size", "num_units", "noise_multiplier", "max_grad_norm", "steps")
@@ -42,7 +42,7 @@ def _filters(manifest: Mapping[str, Any], run: RunFolder) -> list[dict[str, Any]
     filters: list[dict[str, Any]] = []
     for name in read:
         stage, written = name, run.read_manifest(name)
-        if written is not None and written["kind"] == "latents":  # made of what it read
+        if written is not None and written["kind"] == LatentsStage.kind:  # made of what it read
             stage = written["config"]["data_from"]
             written = run.read_manifest(stage)
         if written is not None and written["kind"] == FilterStage.kind:
@@ -94,7 +94,9 @@ def model_card(config: Mapping[str, Any], card: Mapping[str, Any], manifest: Map
         for filter in card["filter"]
         if filter["shards_root"] is not None
     )
-    described, use = _unified(model) if model["name"] == "unified" else _classes(model)
+    read = run.read_manifest(manifest["config"]["data_from"])
+    latents = read is not None and read["kind"] == LatentsStage.kind
+    described, use = (_unified if model["name"] == "unified" else _classes)(model, latents=latents)
     return f"""# {described} \
 The weights are the moving average (EMA) of stage `{manifest["stage"]}` in recipe `{run.recipe}`.
 
@@ -120,41 +122,54 @@ from pathlib import Path
 """
 
 
-def _classes(model: Mapping[str, Any]) -> tuple[str, str]:
+# What a use says more where the model was trained on a VAE's latents: what makes these of images, and images of these.
+OPEN_VAE = """from train.autoencoding import open_decoder
+
+vae = open_decoder(Path("model/vae"))
+"""
+
+
+def _classes(model: Mapping[str, Any], *, latents: bool) -> tuple[str, str]:
     """What the card says of a class-conditional model: its heading with a line below, and how it is used."""
     described = f"""Class-conditional diffusion transformer
 
-{model["channels"]} x {model["image_size"]} x {model["image_size"]} images, {model["num_classes"]} classes; \
+{_size(model, latents)}, {model["num_classes"]} classes; \
 DiT of width {model["width"]}, depth {model["depth"]}, {model["heads"]} heads, patches of {model["patch_size"]}."""
     use = f"""from train.generation import generate, load_export
-
+{OPEN_VAE if latents else ""}
 model, objective, _ = load_export(Path("model"))
 labels = torch.arange({model["num_classes"]})
-images = generate(model, objective, labels, seed=0, sampler="heun", steps=30, guidance=2.0)
+images = generate(model, objective, labels, seed=0, sampler="heun", steps=30, guidance=2.0{", decode=vae" * latents})
 # fp32 [N, C, H, W] in [-1, 1]"""
     return described, use
 
 
-def _unified(model: Mapping[str, Any]) -> tuple[str, str]:
+def _unified(model: Mapping[str, Any], *, latents: bool) -> tuple[str, str]:
     """As `_classes`, of a unified model."""
     experts = model["num_experts"] * (2 if model["modality_experts"] else 1)
     described = f"""Unified model of text and images
 
-{model["channels"]} x {model["image_size"]} x {model["image_size"]} images and captions of up to \
+{_size(model, latents)} and captions of up to \
 {model["max_caption_tokens"]} tokens, either made of the other; one transformer of width {model["width"]}, depth \
 {model["depth"]}, {model["heads"]} heads, patches of {model["patch_size"]}\
 {f", {experts} experts a layer" if experts > 1 else ""}; tokens: {model["tokenizer"]}."""
-    use = """from models.packed import Image, Text
+    use = f"""from models.packed import Image, Text
 from train.documents import layout_of
 from train.generation import draw, load_export, write
-
+{OPEN_VAE if latents else ""}
 model, objective, _ = load_export(Path("model"))
 caption = Text(layout_of(model.config).tokenizer.encode("what to draw").tokens)
-images = draw(model, objective, [[caption]], seed=0, sampler="heun", steps=30, guidance=2.0)  # [N, C, H, W] in [-1, 1]
-captions = write(model, [[Image(image)] for image in images])
+how = {{"seed": 0, "sampler": "heun", "steps": 30, "guidance": 2.0{', "decode": vae' * latents}}}
+images = draw(model, objective, [[caption]], **how)  # [N, C, H, W] in [-1, 1]
+captions = write(model, [[Image(image)] for image in {"vae.encode(images)" if latents else "images"}])
 ```
 
 ```
 python scripts/sample.py --model model --prompt "what to draw"
 python scripts/sample.py --model model --image picture.png"""
     return described, use
+
+
+def _size(model: Mapping[str, Any], latents: bool) -> str:
+    what = "latents of images" if latents else "images"
+    return f"{model['channels']} x {model['image_size']} x {model['image_size']} {what}"

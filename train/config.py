@@ -392,6 +392,15 @@ class TrainStage(StageConfig):
         return self
 
     @model_validator(mode="after")
+    def _reads_no_held_out_record(self) -> Self:
+        if self.split.endswith("test"):
+            raise ValueError(
+                f"split is {self.split}, which is held out: eval stages show its records as they are. Set it to "
+                "public, or in a finetune_dp stage to private"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _warm_up_ends(self) -> Self:
         if self.optim.warmup_steps > self.train.steps:
             raise ValueError(

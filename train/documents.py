@@ -33,7 +33,7 @@ from train.images import upright_size
 from train.metrics import plot_expert_load
 from train.packing import Bucket, Portion, Row, bucket_of, fit_caption, image_buckets, pack, rows_of_units, share
 from train.parallel import World
-from train.randomness import Draws, record_draws
+from train.randomness import Draws
 from train.shards import Record
 from train.step import Batches, Microbatch, Slots
 
@@ -124,7 +124,8 @@ class Documents(Batches):
         if (without := np.flatnonzero(dataset.caption_bytes <= 0)).size:
             raise ValueError(
                 f"{without.size} of {len(dataset)} records of split {dataset.split} have no caption, or an empty one, "
-                f"such as {dataset.read(int(without[0])).key}: ingest them with captions, or without these records"
+                f"such as {dataset.read(int(without[0])).key}: ingest them with captions, or without these records; "
+                "where the filter's policy redacted all there was, have it fill or drop"
             )
         most = (self.config.max_caption_tokens, self.config.num_patches)
         longest = max(self._length(task, *most) for task in self.section.tasks)
@@ -272,8 +273,8 @@ class Documents(Batches):
 
     def _plan(self, step: int, records: Indices) -> list[Planned]:
         """The records' documents, in order."""
-        seed, stage, dropout = self.stage.train.seed, self.stage.name, self.stage.objective.label_dropout
-        draws = record_draws(seed, stage, step, records.tolist(), (0,), 1)  # of K draws the first decides
+        dropout = self.stage.objective.label_dropout
+        draws = self.draws(step, records.tolist(), (0,), 1)  # of K draws the first decides
         planned = list[Planned]()
         for record, dropped in zip(records.tolist(), (draws.dropout < dropout).tolist(), strict=True):
             num_patches = self._num_patches(record)
@@ -304,7 +305,7 @@ class Documents(Batches):
             [[_document(each, num_draws, *read[each.record]) for each in row] for row in planned], portion.num_tokens
         )
         drawn = [[each.record for each in row if each.task == "text_to_image"] for row in planned]
-        draws = [self._draws(step, record) for row in drawn for record in row]
+        draws = [self._noise_draws(step, record) for row in drawn for record in row]
         noise_BNF, times_BI = torch.zeros_like(batch.patches_BNF), torch.zeros(batch.noised_BI.shape)
         if draws:  # as masks are read: row by row, and in a row from left to right
             noises = [self.layout.patchify(noise_CHW) for of_record in draws for noise_CHW in of_record.noise]
@@ -315,10 +316,10 @@ class Documents(Batches):
         slots_BR[: len(mine)] = of_rows[mine]
         return Laid(slots_BR, batch, noise_BNF, times_BI, sum(len(rows[row].left_out) for row in mine))
 
-    def _draws(self, step: int, record: int) -> Draws:
+    def _noise_draws(self, step: int, record: int) -> Draws:
         """The noise and the times of the record's image, which comes K times."""
-        train, shape = self.stage.train, (self.config.channels, *self._size(record))
-        return record_draws(train.seed, self.stage.name, step, [record], shape, self.stage.objective.noise_draws)
+        shape = (self.config.channels, *self._size(record))
+        return self.draws(step, [record], shape, self.stage.objective.noise_draws)
 
 
 def _document(planned: Planned, num_draws: int, image: Tensor, caption: Encoded | None) -> Document:

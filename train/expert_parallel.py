@@ -56,11 +56,7 @@ def spread_experts(module: nn.Module, device: str, num_parts: int) -> ExpertPara
     Raises ValueError where the model has no experts, or where experts or ranks do not fall evenly on `num_parts`.
     """
     world_size = dist.get_world_size()
-    if world_size % num_parts:
-        raise ValueError(
-            f"parallel.expert_parallel is {num_parts}, which does not divide the {world_size} ranks: "
-            f"choose {_divisors(world_size)}, or start another number of ranks"
-        )
+    require_shared(world_size, num_parts)
     layers = spread_layers(module)
     for layer in list(layers.values()) or [None]:
         require_even(0 if layer is None else len(layer.up), num_parts)
@@ -71,6 +67,15 @@ def spread_experts(module: nn.Module, device: str, num_parts: int) -> ExpertPara
         shapes |= {f"{prefix}.{name}": tuple(weight.shape) for name, weight in layer.named_parameters()}
         layer.spread(parts.get_group())
     return ExpertParallel(replicas, parts, shapes)
+
+
+def require_shared(world_size: int, num_parts: int) -> None:
+    """Refuse so many parts that the ranks do not fall evenly on them."""
+    if world_size % num_parts:
+        raise ValueError(
+            f"parallel.expert_parallel is {num_parts}, which does not divide the {world_size} ranks: "
+            f"choose {_divisors(world_size)}, or start another number of ranks"
+        )
 
 
 def require_even(num_experts: int, num_parts: int) -> None:

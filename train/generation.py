@@ -25,11 +25,9 @@ from models.unified_objective import UnifiedObjective
 from train.config import Objective as ObjectiveSection
 from train.documents import layout_of
 from train.documents import objective_of as objective_of_documents
-from train.families import read_config
+from train.families import TOKENIZER_FILE, read_config, written
 from train.randomness import record_draws
 from train.run_folder import RunFolder
-
-TOKENIZER_FILE = "tokenizer.json"  # in an export whose model has one
 
 
 @overload
@@ -186,10 +184,10 @@ def objective_of(run: RunFolder, stage_name: str, config: ModelConfig) -> Object
 
 def exported(config: ModelConfig) -> tuple[dict[str, Any], dict[str, bytes]]:
     """What an export's config says of its model, and the files beside it that `load_export` needs: the tokenizer's."""
-    section = config.model_dump()
+    section = written(config)
     if not isinstance(config, UnifiedConfig) or config.tokenizer == "bytes":
         return section, {}
-    return section | {"tokenizer": TOKENIZER_FILE}, {TOKENIZER_FILE: Path(config.tokenizer).read_bytes()}
+    return section, {TOKENIZER_FILE: Path(config.tokenizer).read_bytes()}
 
 
 def load_export(folder: Path) -> tuple[nn.Module, Objective | UnifiedObjective, dict[str, Any]]:
@@ -198,11 +196,8 @@ def load_export(folder: Path) -> tuple[nn.Module, Objective | UnifiedObjective, 
     The digests of the weights and, where the model has one, of the tokenizer's file are checked: ExportError.
     """
     config, tensors = read_export(folder)
-    section = dict(config["model"])
-    if section.get("tokenizer", "bytes") != "bytes":
-        section["tokenizer"] = str(folder / section["tokenizer"])
     try:
-        model = build(read_config(section), tensors)
+        model = build(read_config(config["model"], folder), tensors)
     except (ValueError, OSError) as error:
         raise ExportError(f"{folder} is no whole export: {error}") from None
     objective = UnifiedObjective if isinstance(model, Unified) else Objective

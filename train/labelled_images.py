@@ -15,7 +15,6 @@ from models.flow import Objective, drop_labels
 from train.config import TrainStage
 from train.data import Batch, ShardDataset
 from train.parallel import World
-from train.randomness import record_draws
 from train.step import Batches, Microbatch, Slots
 
 
@@ -70,7 +69,7 @@ class LabelledImages(Batches):
     def _microbatch(self, step: int, slots_BR: Slots, records: Batch, *, last: bool) -> Microbatch:
         config, objective, num_draws = self.config, self.stage.objective, self.stage.objective.noise_draws
         shape = (config.channels, config.image_size, config.image_size)
-        draws = record_draws(self.stage.train.seed, self.stage.name, step, records.indices.tolist(), shape, num_draws)
+        draws = self.draws(step, records.indices.tolist(), shape, num_draws)
         labels = records.labels.repeat_interleave(num_draws)
         labels = drop_labels(labels, draws.dropout, objective.label_dropout, config.num_classes)
         present_BR = torch.from_numpy(slots_BR >= 0)

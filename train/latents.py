@@ -2,7 +2,7 @@
 
     vae/                                          the autoencoder, as `diffusers` stores one
     <split>/<split>-00003.tar, .index.jsonl       see train.latent_shards
-    <split>/<split>-00003.latents.json            written last: without it the shard is unfinished
+    <split>/<split>-00003.latents.json            written last: see privacy.pii.latent_manifests
     <split>/latents.json                          of the second round: what the public split's shards say of its latents
 
 Latents are the posteriors' means; docs/decisions/016-latents.md says why.
@@ -22,15 +22,17 @@ from typing import Any, Literal
 import fsspec
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
+from pydantic import BaseModel, ConfigDict, PrivateAttr
 
 from models.vae import VAE
+from privacy.pii.latent_manifests import SUFFIX, LatentManifest
+from privacy.pii.manifests import ManifestError, merkle_root, read_leaf, read_leaves
 from train.autoencoding import VAE_FOLDER, Decoder, load_vae, save_vae, vae_digest
 from train.data import ShardDataset
 from train.filter_job import InputShard, batches
 from train.filtering import input_shards
 from train.images import ImageError, pixels
-from train.latent_shards import HEADER, SPLIT_OF_STATISTICS, LatentHeader, read_header, sealed, to_npy, unsealed
+from train.latent_shards import HEADER, SPLIT_OF_STATISTICS, LatentHeader, read_header, to_npy
 from train.shards import Record, ShardError, index_name, root_of, write_shard
 from train.tasks import (
     LEASE,
@@ -47,13 +49,12 @@ from train.tasks import (
 )
 
 # Part of every task's id. Raise it where this code makes other shards of the same input and VAE.
-FORMAT = 1
+FORMAT = 2
 
-MARK = ".latents.json"
 _LEAST_STD = 1e-6
 _SHOWN = 256
 _BATCH = 64  # always: a convolution's rounding may hang on how many images go through it together
-_FILES = (".tar", ".index.jsonl", MARK)
+_FILES = (".tar", ".index.jsonl", SUFFIX)
 
 
 @dataclass(frozen=True)
@@ -64,21 +65,6 @@ class _ShardTask(Task):
 @dataclass(frozen=True)
 class _HeaderTask(Task):
     split: str
-
-
-class EncodedShard(BaseModel):
-    """What became of one shard. sums, square_sums: by channel over all places, of the public split alone."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    task: str  # digest of all that decides the shard's bytes
-    records: int
-    bytes: int
-    root: str
-    tar: str
-    index: str
-    sums: tuple[float, ...] | None
-    square_sums: tuple[float, ...] | None
 
 
 class LatentsJob(BaseModel):
@@ -98,7 +84,7 @@ class LatentsJob(BaseModel):
     shape: tuple[int, int, int]  # of one image's latents
 
     _model: VAE | None = PrivateAttr(None)
-    _done: dict[str, EncodedShard] = PrivateAttr(default_factory=lambda: {})  # by task, as of the last `look`
+    _done: dict[str, LatentManifest] = PrivateAttr(default_factory=lambda: {})  # by task, as of the last `look`
 
     @property
     def path(self) -> Path:
@@ -117,11 +103,11 @@ class LatentsJob(BaseModel):
         for task in self._shard_tasks():
             made = self._standing(task)
             if made is not None and not _whole(made, self._output(task)):
-                self._output(task, MARK).unlink()
+                self._output(task, SUFFIX).unlink()
 
-    def finish(self) -> dict[str, list[EncodedShard]]:
+    def finish(self) -> dict[str, list[LatentManifest]]:
         """The shards of each split, once every task is done; tidies the folder up."""
-        shards: dict[str, list[EncodedShard]] = {split: [] for split in self.splits}
+        shards: dict[str, list[LatentManifest]] = {split: [] for split in self.splits}
         for task in self._shard_tasks():
             made = self._standing(task)
             if made is None:
@@ -156,7 +142,7 @@ class LatentsJob(BaseModel):
                 (files / HEADER).write_bytes(self._header().content())
             beat(task.records)
             require_open(self.path)
-            commit(files, self._output(task), MARK if isinstance(task, _ShardTask) else ".json")
+            commit(files, self._output(task), SUFFIX if isinstance(task, _ShardTask) else ".json")
 
     def look(self) -> tuple[int, int]:
         """Records done, of how many."""
@@ -201,8 +187,13 @@ class LatentsJob(BaseModel):
         tar = files / f"{task.shard.name}.tar"
         digests = write_shard(tar, encoded())
         public = task.shard.split == SPLIT_OF_STATISTICS
-        made = EncodedShard(
+        made = LatentManifest(
             task=self._shard_id(task.shard),
+            split=task.shard.split,
+            shard=task.shard.name,
+            made_from=task.shard.tar.stem,
+            source=task.shard.digest,
+            vae=self.vae,
             records=len(digests),
             bytes=tar.stat().st_size,
             root=root_of(digests),
@@ -211,7 +202,7 @@ class LatentsJob(BaseModel):
             sums=tuple(sums[0].tolist()) if public else None,
             square_sums=tuple(sums[1].tolist()) if public else None,
         )
-        (files / f"{task.shard.name}{MARK}").write_bytes(sealed(made.model_dump(mode="json")))
+        (files / f"{task.shard.name}{SUFFIX}").write_bytes(made.leaf())
 
     def _latents(self, records: Sequence[Record]) -> np.ndarray[Any, np.dtype[np.float16]]:
         """The posterior's mean of each record's image, float16 [B, c, h, w]."""
@@ -242,12 +233,12 @@ class LatentsJob(BaseModel):
 
     # --- what stands ---
 
-    def _standing(self, task: _ShardTask) -> EncodedShard | None:
+    def _standing(self, task: _ShardTask) -> LatentManifest | None:
         """What the mark of a task's output says, where it is of this very task and its files are there."""
         try:
-            made = EncodedShard.model_validate(unsealed(self._output(task, MARK).read_bytes()))
+            made = read_leaf(LatentManifest, self._output(task, SUFFIX))
             there = self._output(task, ".tar").stat().st_size == made.bytes
-        except (OSError, ValidationError, ValueError):
+        except (OSError, ManifestError):
             return None
         there = there and self._output(task, ".index.jsonl").exists()
         return made if there and made.task == self._shard_id(task.shard) else None
@@ -306,7 +297,8 @@ def plan_latents(in_dir: Path, folder: Path, splits: Sequence[str], vae: VAE) ->
 def encode_shards(job: LatentsJob, run: Callable[[LatentsJob], None]) -> dict[str, Any]:
     """Have `run` do every task of `job`, and return the stage's metrics; begun again, it goes on where it was.
 
-    metrics: splits -> {records, bytes, shards, root}; vae: its digest; shape; mean and std by channel.
+    metrics: splits -> {records, bytes, shards, root}; shards_root: the Merkle root over the shards' manifests; vae: its
+    digest; shape; mean and std by channel.
     """
     with mendable(job.folder):
         job.begin()
@@ -316,6 +308,7 @@ def encode_shards(job: LatentsJob, run: Callable[[LatentsJob], None]) -> dict[st
     assert header is not None
     return {
         "splits": {split: _split(job.folder / split, made) for split, made in shards.items()},
+        "shards_root": merkle_root([manifest.leaf() for manifest in read_leaves(LatentManifest, job.folder)]),
         **header.model_dump(mode="json", include={"vae", "shape", "mean", "std"}),
     }
 
@@ -329,7 +322,7 @@ def reconstruction_psnr(images: ShardDataset, latents: ShardDataset, decode: Dec
     return float(10 * torch.log10(4 / (decode(stored) - real).square().mean()))
 
 
-def _split(folder: Path, made: Sequence[EncodedShard]) -> dict[str, Any]:
+def _split(folder: Path, made: Sequence[LatentManifest]) -> dict[str, Any]:
     """The metrics of one split."""
     root = ShardDataset(folder, folder.name).root
     records, size = sum(shard.records for shard in made), sum(shard.bytes for shard in made)
@@ -349,7 +342,7 @@ def _whole_record(shard: InputShard, key: str, record: Record | None) -> Record:
     return record
 
 
-def _whole(made: EncodedShard, place: Path) -> bool:
+def _whole(made: LatentManifest, place: Path) -> bool:
     """Whether the files beside a mark are, to the byte, those that it names."""
     return file_digest(Path(f"{place}.tar")) == made.tar and file_digest(Path(f"{place}.index.jsonl")) == made.index
 

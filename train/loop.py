@@ -22,7 +22,7 @@ from privacy.clipping import Clipper
 from privacy.mechanism import Mechanism
 from train.config import FinetuneStage, TrainStage
 from train.data import Prefetcher, ShardDataset, public_batch
-from train.families import architecture, batches_of, read_config
+from train.families import architecture, batches_of, keep_tokenizer, read_config, written
 from train.hardware import find_hardware
 from train.health import Health
 from train.heartbeat import Heartbeat
@@ -116,6 +116,8 @@ class _Training:
                 "lower parallel.nproc, or the number of nodes"
             )
         batches = batches_of(stage, config, world, dataset)
+        if world.rank == 0:
+            keep_tokenizer(config, folder)
         said = dispatch.choose(stage.parallel.kernels, world.device)
         if world.rank == 0:
             print(said, flush=True)
@@ -187,7 +189,7 @@ class _Training:
         return {
             "stage": self.stage.name,
             "config_sha256": self.stage.sha256(),
-            "model": self.backend.module.config.model_dump(mode="json"),  # type: ignore[union-attr]
+            "model": written(self.backend.module.config),  # type: ignore[arg-type]
             "num_updates": self.backend.num_updates,
             "ledger_head": None if self.mechanism is None else broadcast(self.mechanism.head),
             "shards_root": self.shards_root,
@@ -211,7 +213,7 @@ def load_average(run: RunFolder, stage_name: str) -> tuple[ModelConfig, dict[str
         for (kind, name), shape in checkpoint.tensors().items()
         if kind == "ema"
     }
-    return read_config(checkpoint.state["model"]), weights, checkpoint.folder
+    return read_config(checkpoint.state["model"], run.path / stage_name), weights, checkpoint.folder
 
 
 def _finished_checkpoint(run: RunFolder, stage_name: str, world: World | None) -> Checkpoint:

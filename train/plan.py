@@ -6,12 +6,13 @@ Needs no data, no device and no process group: models are built on the meta devi
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from models.registry import ModelConfig
 from train.config import FinetuneStage, IngestStage, StageConfig, TrainStage, check_batch
+from train.expert_parallel import require_shared
 from train.hardware import Hardware, find_hardware, known_hardware
 from train.launchers import Placement, stage_command, worker_arguments
 from train.recipe import ConfigError, Recipe, model_of
@@ -20,6 +21,17 @@ from train.source_config import DigitsSource, ShapesSource
 from train.sources import DIGITS_SPLITS
 
 FP32 = 4  # bytes
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Parameters of a model, of all its experts, and of its largest block and the experts in it."""
+
+    all: int
+    experts: int
+    experts_a_layer: int  # how many
+    block: int
+    block_experts: int
 
 
 @dataclass(frozen=True)
@@ -84,10 +96,11 @@ def _plan_stage(recipe: Recipe, stage: StageConfig, run_dir: Path, placement: Pl
         return StagePlan(stage.name, stage.kind, command)
     world_size = stage.parallel.nproc * placement.nnodes
     check_batch(stage, world_size)
+    require_shared(world_size, stage.parallel.expert_parallel)
     model = model_of(recipe, stage).model
     assert model is not None, "a stage without init_from has a model"
-    largest, num_parameters = _count_parameters(model)
-    memory = plan_memory(stage, model, num_parameters, largest, world_size)
+    counts = count_parameters(model)
+    memory = plan_memory(stage, model, counts, world_size)
     privacy, notes = None, []
     if isinstance(stage, FinetuneStage):
         from privacy.accounting import delta_warning
@@ -105,36 +118,42 @@ def _plan_stage(recipe: Recipe, stage: StageConfig, run_dir: Path, placement: Pl
             warning = delta_warning(stage.privacy.delta, num_units)
             notes += [warning] if warning else []
     return StagePlan(
-        stage.name, stage.kind, command, world_size, num_parameters, memory, _fits(stage, memory), privacy, tuple(notes)
+        stage.name, stage.kind, command, world_size, counts.all, memory, _fits(stage, memory), privacy, tuple(notes)
     )
 
 
-def plan_memory(
-    stage: TrainStage, model: ModelConfig, num_parameters: int, largest_block: int, world_size: int
-) -> MemoryPlan:
-    """Bytes on one device of a model's training, an estimate.
+def plan_memory(stage: TrainStage, model: ModelConfig, counts: ParameterCounts, world_size: int) -> MemoryPlan:
+    """Bytes on one device of a model's training, an estimate; of the rank that holds most.
 
     P parameters, W ranks, all states fp32: weights 4P, gradients 4P, AdamW's two moments 8P, EMA 4P, where
       single   holds all of them
       ddp      holds all of them, and 4P of reduction buckets
-      fsdp2    holds a W-th of each, and two gathered blocks
+      fsdp2    holds a W-th of each, and two gathered blocks; of experts whole ones, for they are its rows
       zero1    shards moments, EMA and its fp32 master copy (4P/W more)
       zero2    shards the gradients too
       zero3    shards the weights too, and holds two gathered blocks
+    With expert_parallel N, ddp holds an N-th of the experts, for which it has no buckets, and fsdp2 cuts that N-th up
+    among W/N ranks, and gathers it alone.
     Activations: what the model's configuration says of a token, times the tokens of a microbatch.
     """
-    full = FP32 * num_parameters
+    backend, parts = stage.parallel.backend, stage.parallel.expert_parallel
+    common, experts = counts.all - counts.experts, counts.experts // parts
+    full = FP32 * (common + experts)
     shard = math.ceil(full / world_size)
-    backend = stage.parallel.backend
+    if backend == "fsdp2" and experts:
+        ours = counts.experts_a_layer // parts
+        rows = math.ceil(ours / (world_size // parts))
+        shard = FP32 * (math.ceil(common / world_size) + experts * rows // ours)
     states_sharded = backend not in ("single", "ddp")
     weights = shard if backend in ("fsdp2", "zero3") else full
     masters = shard if backend.startswith("zero") else 0
     gradients = shard if backend in ("fsdp2", "zero2", "zero3") else full
-    buckets = full if backend == "ddp" else 0
+    buckets = FP32 * (counts.all if parts == 1 else common) if backend == "ddp" else 0
     state = shard if states_sharded else full
     element = 2 if stage.train.precision == "bf16" else FP32
     kept = model.kept_elements(checkpointed=stage.parallel.activation_checkpointing)
-    gathered = 2 * largest_block * element if backend in ("fsdp2", "zero3") else 0
+    block = counts.block - counts.block_experts + counts.block_experts // parts
+    gathered = 2 * block * element if backend in ("fsdp2", "zero3") else 0
     return MemoryPlan(
         parameters=weights + masters,
         gradients=gradients + buckets,
@@ -209,16 +228,24 @@ def _indexes(stage: TrainStage, run_dir: Path) -> list[Path]:
     return sorted((run_dir / stage.data_from / stage.split).glob("*.index.jsonl"))
 
 
-def _count_parameters(model: ModelConfig) -> tuple[int, int]:
-    """Parameters of the largest block, and of all."""
+def count_parameters(model: ModelConfig) -> ParameterCounts:
+    """The parameters of a model, which is built on the meta device for that."""
     import torch
+    from torch import nn
 
     from models.registry import build_module
+    from train.expert_parallel import spread_layers
+
+    def count(modules: Iterable[nn.Module]) -> int:
+        return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
     with torch.device("meta"):
         built = build_module(model)
-    blocks = [sum(parameter.numel() for parameter in block.parameters()) for block in built.blocks]  # type: ignore[union-attr]
-    return max(blocks), sum(parameter.numel() for parameter in built.parameters())
+    blocks = [(count([block]), count(spread_layers(block).values())) for block in built.blocks]  # type: ignore[union-attr]
+    layers = spread_layers(built).values()
+    return ParameterCounts(
+        count([built]), count(layers), max((len(layer.up) for layer in layers), default=0), *max(blocks)
+    )
 
 
 def _fits(stage: TrainStage, memory: MemoryPlan) -> tuple[str, ...]:

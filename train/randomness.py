@@ -24,6 +24,11 @@ class Draws:
     noise: Tensor
 
 
+def record_number(digest: str) -> int:
+    """What `record_draws` knows a record by, of its digest alone: its place moves where another comes or goes."""
+    return int.from_bytes(hashlib.sha256(digest.encode()).digest()[:8], "little")
+
+
 def record_draws(
     seed: int, stage: str, step: int, records: Sequence[int], shape: Sequence[int], num_draws: int
 ) -> Draws:

@@ -85,7 +85,7 @@ class RunFolder:
         return _read_json(path) if path.exists() else None
 
     def shards_root(self, stage: str) -> str | None:
-        """The Merkle root over the shard manifests of a finished filter stage; None for one of another kind."""
+        """The Merkle root over the shard manifests of a finished stage that filters or encodes; None for another."""
         manifest = self.read_manifest(stage)
         return None if manifest is None else manifest["metrics"].get("shards_root")
 

@@ -153,14 +153,23 @@ def read_image(path: Path, channels: int, image_size: int) -> Tensor:
         raise ValueError(f"{path} is no image that can be read ({error.reason}): give PNG, JPEG, WebP or GIF") from None
 
 
+def read_images(paths: Sequence[Path], config: UnifiedConfig, vae: Decoder | None) -> list[Tensor]:
+    """Image files as the model sees them: their pixels or, of a model trained on latents, what `vae` encodes them to.
+
+    An image's latents are a function of it and the VAE alone. Raises ValueError as `read_image`.
+    """
+    if vae is None:
+        return [read_image(path, config.channels, config.image_size) for path in paths]
+    channels, image_size, _ = vae.image_shape
+    return [vae.encode(read_image(path, channels, image_size)[None])[0] for path in paths]
+
+
 def _sample_unified(opened: Opened, model: Unified, arguments: argparse.Namespace) -> int:
     if arguments.label:
         raise ValueError(f"--label is for models of classes, and {opened.name} is unified: give --prompt or --image")
     assert isinstance(opened.objective, UnifiedObjective)
     config, tokenizer = model.config, layout_of(model.config).tokenizer
-    if arguments.image and opened.decode is not None:
-        raise ValueError(f"{opened.name} reads latents, and --image gives pixels: give prompts without images")
-    images = [read_image(path, config.channels, config.image_size) for path in arguments.image]
+    images = read_images(arguments.image, config, opened.decode)
     prompts = _prompts(arguments.prompt)
     documents = documents_of(prompts, images, config, tokenizer)
     if not documents:

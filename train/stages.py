@@ -48,6 +48,7 @@ from train.empirical import check_engine
 from train.evaluation import evaluate, image_grid, train_classifier, validation_loss
 from train.executors import run_job
 from train.extraction import find_copies
+from train.families import TOKENIZER_FILE
 from train.filtering import filter_shards, open_tools, plan_filter
 from train.generation import build, draw, exported, generate, objective_of
 from train.heartbeat import Heartbeat
@@ -142,7 +143,7 @@ def _train(stage: TrainStage, run: RunFolder, world: World, fencing_epoch: int |
     headline["throughput"] = f"{metrics['images_per_s']:,.0f} images/s, MFU {format_mfu(metrics['mfu'])}"
     pictures = sorted((run.path / stage.name).glob("*.png"))
     headline |= {picture.stem.replace("_", " "): str(picture) for picture in pictures}
-    outputs |= digests(pictures)
+    outputs |= digests([*pictures, *(run.path / stage.name).glob(TOKENIZER_FILE)])
     return Result(metrics | {"headline": headline}, outputs, {"train": stage.train.seed}, trained.ledger)
 
 

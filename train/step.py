@@ -9,7 +9,7 @@ become microbatches is the model family's matter: `train.families`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from train.data import Prefetcher, ShardDataset
 from train.health import Health
 from train.optim import ExponentialMovingAverage, learning_rate
 from train.parallel import Backend, World
+from train.randomness import Draws, record_draws, record_number
 
 Slots = NDArray[np.int64]
 """A step's units, (units, R): the records of each, -1 where it has fewer than R. A unit is a record unless privacy says
@@ -75,6 +76,15 @@ class Batches(ABC):
     @abstractmethod
     def of(self, loaded: Any) -> Iterator[Microbatch]:
         """What was loaded, as microbatches. An empty step is one of padding."""
+
+    def draws(self, step: int, records: Sequence[int], shape: Sequence[int], num_draws: int) -> Draws:
+        """What chance these records, given by their places in the split, meet at the step.
+
+        Guarantee: each record's is a function of the step and of that record. Were it one of the place, a unit that
+        comes or goes would change the gradients of all that stand behind it, and no clipping bounds that.
+        """
+        numbers = [record_number(self.dataset.digest(record)) for record in records]
+        return record_draws(self.stage.train.seed, self.stage.name, step, numbers, shape, num_draws)
 
     def slice_of(self, slots: Slots) -> Slots:
         """This rank's slice of a step's units, each rank's as long as the first's but for the last ones'."""

@@ -7,14 +7,15 @@ the manifests, the checkpoints and the auditor's own key are compared with it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 from privacy import accounting
 from privacy.audit.charges import Charges, StageCharges
-from privacy.audit.evidence import Manifest, PaidCheckpoint, RunEvidence, identity_sha256
+from privacy.audit.evidence import Manifest, PaidCheckpoint, RunEvidence, UnreadableRunError, identity_sha256
 from privacy.ledger import LedgerView, StageTally
+from privacy.pii.latent_manifests import LatentManifest
 from privacy.pii.manifests import OUTCOMES, ManifestError, verify_manifests, verify_shards
 
 # Two machines' FFTs may differ in the last digits of one epsilon; more than this is another number.
@@ -70,13 +71,22 @@ def filter_claims(evidence: RunEvidence, *, shards: bool) -> list[Claim]:
     claims: list[Claim] = []
     for manifest in evidence.manifests:
         root = manifest.section("metrics").get("shards_root")
-        if isinstance(root, str):
+        if isinstance(root, str) and manifest.content.get("kind") != LatentManifest.KIND:
             claim = f"the shards of {manifest.stage} are those that its Merkle root binds"
-            try:
-                claims.append(Claim(claim, True, _verify_shards(manifest, root, read=shards)))
-            except ManifestError as error:
-                claims.append(Claim(claim, False, str(error)))
+            claims.append(judged(claim, lambda one=manifest, root=root: _verify_shards(one, root, read=shards)))
     return claims
+
+
+def judged(claim: str, verify: Callable[[], str]) -> Claim:
+    """The claim with what `verify` has seen, false where it raises ManifestError; UnreadableRunError where there is a
+    file that cannot be read.
+    """
+    try:
+        return Claim(claim, True, verify())
+    except ManifestError as error:
+        if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
+            raise UnreadableRunError(str(error)) from error
+        return Claim(claim, False, str(error))
 
 
 def _verify_shards(manifest: Manifest, root: str, *, read: bool) -> str:
@@ -302,7 +312,9 @@ def _dataset_claim(view: LedgerView, evidence: RunEvidence, manifest: Manifest) 
 
 
 def _filtered_claims(plan: Mapping[str, Any], evidence: RunEvidence, manifest: Manifest) -> list[Claim]:
-    """The Merkle root in plan and checkpoints is the one of the filter stage; nothing where neither names any."""
+    """The Merkle root in plan and checkpoints is that of the stage whose shards were read, of filtered ones or latents;
+    nothing where neither names any.
+    """
     source = manifest.section("config").get("data_from")
     writer = evidence.manifest(source)
     written = None if writer is None else writer.section("metrics").get("shards_root")
@@ -313,11 +325,13 @@ def _filtered_claims(plan: Mapping[str, Any], evidence: RunEvidence, manifest: M
     }
     planned = plan.get("shards_root")
     if not any([planned, *saved.values()]) and (written is None or "shards_root" not in plan):
-        return []  # not filtered, or before filters had one
+        return []  # of a stage without one, or before there were any
     wrong = [f"{name} names {short(root)}" for name, root in saved.items() if root != written]
+    latents = writer is not None and writer.content.get("kind") == LatentManifest.KIND
+    which = "latents" if latents else "filtered shards"
     return [
         Claim(
-            f"the ledger and the checkpoints of {manifest.stage} name the filtered shards it was trained on",
+            f"the ledger and the checkpoints of {manifest.stage} name the {which} it was trained on",
             planned == written and not wrong,
             f"planned {short(planned)}, {source} {short(written)}; "
             + ("; ".join(wrong) or f"{len(saved)} checkpoints name it"),

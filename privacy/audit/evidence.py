@@ -5,7 +5,8 @@
     RUN/<stage>/checkpoints/step-*/MANIFEST.json        of every committed checkpoint
     RUN/ledger.jsonl                                    or wherever the manifests say
 
-Only these are read: no weights, no secret, and of the data only a filter stage's shards, where they lie (`claims`).
+Only these are read: no weights, no secret, and of the data only the shards of filter and latents stages and of what was
+encoded, where they lie (`claims`, `latents`).
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class PaidCheckpoint:
     step: int
     head: str
     config_sha256: str
-    shards_root: str | None  # of the filtered shards it was trained on; None in a save that does not say
+    shards_root: str | None  # of the filtered shards or latents it was trained on; None in a save that does not say
 
 
 @dataclass(frozen=True)

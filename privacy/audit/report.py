@@ -1,8 +1,8 @@
 """The audit of a run folder: what its ledger spent, recomputed from nothing else, and whether its manifests agree.
 
 What is read was written by the run; what is concluded rests on the ledger's chain and signatures, the hashes in the
-manifests, the bytes of the filtered shards where they lie, and the accountants. No weights and no secret are needed,
-nor the data, and torch is not loaded.
+manifests, the bytes of filtered shards and latents where they lie, and the accountants. No weights and no secret are
+needed, nor the data, and torch is not loaded.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from privacy.audit.claims import (
     stage_claims,
 )
 from privacy.audit.evidence import RunEvidence, read_run
+from privacy.audit.latents import latent_claims
 from privacy.ledger import LedgerError, LedgerView, read_ledger
 
 CURVE_POINTS = 16  # an accountant's query takes a tenth of a second or so
@@ -128,14 +129,15 @@ class AuditReport:
 def audit_run(
     run_dir: Path, *, public_key: str | None = None, every_signature: bool = False, shards: bool = True
 ) -> AuditReport:
-    """Audit a run folder, finished or not; UnreadableRunError where there is nothing that can be audited.
+    """Audit a run folder, finished or not; UnreadableRunError where there is nothing that can be audited, or where
+    a file that is there cannot be read.
 
     public_key: hex of the key that the auditor knows from elsewhere; without it, the run's own word is taken.
     every_signature: verify the signature of each record, and not only of the last and of each change of key.
-    shards: read every byte of the filtered shards that lie in the run folder; else their manifests alone.
+    shards: read every byte of filtered shards and of latents that lie in the run folder; else their manifests alone.
     """
     evidence = read_run(run_dir)
-    claims = link_claims(evidence) + filter_claims(evidence, shards=shards)
+    claims = link_claims(evidence) + filter_claims(evidence, shards=shards) + latent_claims(evidence, shards=shards)
     report = AuditReport(str(run_dir), claims=claims, filtered=_filtered(evidence))
     report.configs = {manifest.stage: manifest.section("config") for manifest in evidence.manifests}
     for manifest in evidence.manifests:

@@ -14,9 +14,10 @@ from __future__ import annotations
 import json
 import mmap
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, cast
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, cast
 
 from blake3 import blake3
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -26,6 +27,7 @@ SUFFIX = ".manifest.json"
 OUTCOMES = ("kept", "dropped", "quarantined")
 
 Digest = Annotated[str, Field(pattern=r"^blake3:[0-9a-f]{64}$")]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
 Count = Annotated[int, Field(ge=0)]
 _CODE = re.compile(r"[A-Za-z0-9_.:+-]{1,200}")  # a name of ours, never words of a record
 
@@ -42,18 +44,45 @@ Tally = Annotated[dict[str, Annotated[int, Field(gt=0)]], BeforeValidator(_named
 
 
 class ManifestError(ValueError):
-    """A shard is not what its manifest says, or the manifests not what their root says; the message names the shard."""
+    """A shard is not what its manifest says, or the manifests not what their root says; the message names the shard.
+
+    Its cause is an OSError where a file could not be read.
+    """
 
 
-class ShardManifest(BaseModel):
-    """What became of one input shard. It holds counts, codes, keys and digests, and no value of a record."""
+class Leaf(BaseModel):
+    """What a shard's own file says of it: a leaf of the tree of its stage.
+
+    KIND: of the stage; FILE: what the file's name ends in.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
+    KIND: ClassVar[str]
+    FILE: ClassVar[str]
+
     format: Literal[1] = FORMAT
     task: Digest  # of all that decides the shard's bytes
-    split: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
-    shard: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]  # the name of the tar, without .tar
+    split: Name
+    shard: Name  # the name of the tar, without .tar
+
+    def leaf(self) -> bytes:
+        """The bytes of the file, and the tree's leaf; their own digest is in them, so that a bit that turns on a disk
+        makes no other manifest of it.
+        """
+        body = self.model_dump(mode="json")
+        return _canonical({**body, "digest": named(blake3(_canonical(body)).digest())})
+
+
+LeafType = TypeVar("LeafType", bound=Leaf)
+
+
+class ShardManifest(Leaf):
+    """What became of one input shard. It holds counts, codes, keys and digests, and no value of a record."""
+
+    KIND = "filter"
+    FILE = SUFFIX
+
     input: Digest  # of the shard it was made from
     bytes: Count  # of the tar
     root: Digest  # of the kept records' digests in order
@@ -88,13 +117,6 @@ class ShardManifest(BaseModel):
             raise ValueError(f"{kept} records are kept, which the tar's size, its digest or its index's does not fit")
         return self
 
-    def leaf(self) -> bytes:
-        """The bytes of the manifest's file, and the tree's leaf; their own digest is in them, so that a bit that
-        turns on a disk makes no other manifest of it.
-        """
-        body = self.model_dump(mode="json")
-        return _canonical({**body, "digest": _named(blake3(_canonical(body)).digest())})
-
 
 def manifest_path(folder: Path, split: str, shard: str) -> Path:
     """Where a shard's manifest lies in a filter stage's folder."""
@@ -103,20 +125,25 @@ def manifest_path(folder: Path, split: str, shard: str) -> Path:
 
 def read_manifest(path: Path) -> ShardManifest:
     """The manifest in a file; ManifestError where it is not, to the byte, one that was written here."""
+    return read_leaf(ShardManifest, path)
+
+
+def read_leaf(of: type[LeafType], path: Path) -> LeafType:
+    """As `read_manifest`, of the shards of any kind of stage."""
+    mend = f"run the {of.KIND} stage again"
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise ManifestError(f"{path} cannot be read ({error.strerror}): run the filter stage again") from error
+        raise ManifestError(f"{path} cannot be read ({error.strerror}): {mend}") from error
     try:
-        manifest = ShardManifest.model_validate_json(_without_digest(content))
+        manifest = of.model_validate_json(_without_digest(content))
     except ValidationError as error:
         first = error.errors(include_input=False, include_context=False, include_url=False)[0]
         where = str(first["loc"][0]) if first["loc"] else "the whole"
-        raise ManifestError(
-            f"{path} is no shard manifest of format {FORMAT} ({where}: {first['msg']}): run the filter stage again"
-        ) from None
-    if manifest.leaf() != content or manifest_path(path.parents[1], manifest.split, manifest.shard) != path:
-        raise ManifestError(f"{path} is not as it was written, or not where: run the filter stage again")
+        told = f"no shard manifest of format {FORMAT} ({where}: {first['msg']})"
+        raise ManifestError(f"{path} is {told}: {mend}") from None
+    if manifest.leaf() != content or path.parts[-2:] != (manifest.split, manifest.shard + of.FILE):
+        raise ManifestError(f"{path} is not as it was written, or not where: {mend}")
     return manifest
 
 
@@ -136,7 +163,12 @@ def _canonical(body: Mapping[str, Any]) -> bytes:
 
 def read_manifests(folder: Path) -> list[ShardManifest]:
     """The manifests of all shards of a filter stage, by split and shard: the order of the tree's leaves."""
-    manifests = [read_manifest(path) for path in folder.glob(f"[!.]*/*{SUFFIX}")]
+    return read_leaves(ShardManifest, folder)
+
+
+def read_leaves(of: type[LeafType], folder: Path) -> list[LeafType]:
+    """As `read_manifests`, of any kind of stage."""
+    manifests = [read_leaf(of, path) for path in folder.glob(f"[!.]*/*{of.FILE}")]
     return sorted(manifests, key=lambda manifest: (manifest.split, manifest.shard))
 
 
@@ -145,7 +177,7 @@ def read_manifests(folder: Path) -> list[ShardManifest]:
 
 def merkle_root(leaves: Sequence[bytes]) -> str:
     """The root over leaves in order. Source: RFC 6962, 2.1, with BLAKE3 for SHA-256."""
-    return _named(_root([_hash(b"\0", leaf) for leaf in leaves]))
+    return named(_root([_hash(b"\0", leaf) for leaf in leaves]))
 
 
 def inclusion_proof(leaves: Sequence[bytes], at: int) -> list[str]:
@@ -158,7 +190,7 @@ def inclusion_proof(leaves: Sequence[bytes], at: int) -> list[str]:
         beside, hashes = (hashes[left:], hashes[:left]) if at < left else (hashes[:left], hashes[left:])
         at -= left if at >= left else 0
         path.append(_root(beside))
-    return [_named(digest) for digest in reversed(path)]
+    return [named(digest) for digest in reversed(path)]
 
 
 def verify_inclusion(leaf: bytes, at: int, num_leaves: int, proof: Sequence[str], root: str) -> bool:
@@ -166,8 +198,8 @@ def verify_inclusion(leaf: bytes, at: int, num_leaves: int, proof: Sequence[str]
     if not 0 <= at < num_leaves:
         return False
     node, last, digest = at, num_leaves - 1, _hash(b"\0", leaf)
-    for named in proof:
-        beside = _unnamed(named)
+    for name in proof:
+        beside = _unnamed(name)
         if beside is None or last == 0:
             return False
         if node % 2 or node == last:
@@ -177,7 +209,7 @@ def verify_inclusion(leaf: bytes, at: int, num_leaves: int, proof: Sequence[str]
         else:
             digest = _hash(b"\1", digest, beside)
         node, last = node // 2, last // 2
-    return last == 0 and _named(digest) == root
+    return last == 0 and named(digest) == root
 
 
 def _root(hashes: Sequence[bytes]) -> bytes:
@@ -198,7 +230,8 @@ def _hash(*parts: bytes) -> bytes:
     return blake3(b"".join(parts)).digest()
 
 
-def _named(digest: bytes) -> str:
+def named(digest: bytes) -> str:
+    """A digest as every manifest writes it."""
     return f"blake3:{digest.hex()}"
 
 
@@ -207,7 +240,7 @@ def _unnamed(name: str) -> bytes | None:
         digest = bytes.fromhex(name.removeprefix("blake3:"))
     except ValueError:
         return None
-    return digest if _named(digest) == name and len(digest) == 32 else None
+    return digest if named(digest) == name and len(digest) == 32 else None
 
 
 # --- the shards themselves ---
@@ -215,12 +248,17 @@ def _unnamed(name: str) -> bytes | None:
 
 def verify_manifests(folder: Path, root: str) -> list[ShardManifest]:
     """The manifests of all shards of a filter stage, held against `root`; ManifestError where they have another."""
-    manifests = read_manifests(folder)
+    return verify_leaves(ShardManifest, folder, root)
+
+
+def verify_leaves(of: type[LeafType], folder: Path, root: str) -> list[LeafType]:
+    """As `verify_manifests`, of any kind of stage."""
+    manifests = read_leaves(of, folder)
     found = merkle_root([manifest.leaf() for manifest in manifests])
     if not manifests or found != root:
         raise ManifestError(
             f"the {len(manifests)} shard manifests in {folder} have root {found}, and not {root}: one was changed, "
-            "added or removed; run the filter stage again, and what was trained on its shards"
+            f"added or removed; run the {of.KIND} stage again, and what was trained on its shards"
         )
     return manifests
 
@@ -239,12 +277,12 @@ def verify_shards(folder: Path, manifests: Sequence[ShardManifest]) -> dict[str,
         known.add(tar)
         digests = _record_digests(tar, manifest)
         records[manifest.split].update(digests)
-        if _named(blake3(digests).digest()) != manifest.root:
+        if named(blake3(digests).digest()) != manifest.root:
             raise ManifestError(f"{tar}: its records are not those that its manifest names: {_MEND}")
     for tar in sorted(folder.glob("[!.]*/*.tar")):
         if tar not in known:
             raise ManifestError(f"{tar} has no manifest, so nothing says that it was filtered: remove it")
-    return {split: _named(digest.digest()) for split, digest in records.items()}
+    return {split: named(digest.digest()) for split, digest in records.items()}
 
 
 _MEND = "run the filter stage again"
@@ -252,28 +290,44 @@ _MEND = "run the filter stage again"
 
 def _record_digests(tar: Path, manifest: ShardManifest) -> bytes:
     """The digests of a shard's records, computed from their bytes, in the order of the index."""
-    index = tar.with_name(f"{manifest.shard}.index.jsonl")
     if manifest.tar is None:
-        for path in (tar, index):
+        for path in (tar, index_of(tar)):
             if path.exists():
                 raise ManifestError(f"{path} exists, and its manifest says that nothing was kept: {_MEND}")
         return b""
+    with opened(tar, manifest.tar, manifest.index, _MEND) as (entries, content):
+        return b"".join(record_digest(entry, content) for entry in entries)
+
+
+def index_of(tar: Path) -> Path:
+    """Where the index of a shard lies."""
+    return tar.with_suffix(".index.jsonl")
+
+
+@contextmanager
+def opened(
+    tar: Path, digest: str | None, index: str | None, mend: str
+) -> Generator[tuple[list[dict[str, Any]], mmap.mmap]]:
+    """The entries of a shard's index, and the tar's bytes, if both have the digests given; None: whatever it has.
+
+    ManifestError, which ends in `mend`, where they have not, and where an entry that is read is none.
+    """
     try:
-        entries = index.read_bytes()
+        lines = index_of(tar).read_bytes()
         with tar.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            for path, data, digest in ((tar, content, manifest.tar), (index, entries, manifest.index)):
-                if _named(blake3(data).digest()) != digest:
-                    raise ManifestError(f"{path} is not as its manifest names it: {_MEND}")
-            return b"".join(_record_digest(json.loads(line), content) for line in entries.splitlines())
+            for path, data, expected in ((tar, content, digest), (index_of(tar), lines, index)):
+                if expected is not None and named(blake3(data).digest()) != expected:
+                    raise ManifestError(f"{path} is not as its manifest names it: {mend}")
+            yield [json.loads(line) for line in lines.splitlines()], content
     except OSError as error:
-        raise ManifestError(f"{error.filename or tar} cannot be read ({error.strerror}): {_MEND}") from error
+        raise ManifestError(f"{error.filename or tar} cannot be read ({error.strerror}): {mend}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, ManifestError):
             raise
-        raise ManifestError(f"{tar} cannot be read by its index: {_MEND}") from None
+        raise ManifestError(f"{tar} cannot be read by its index: {mend}") from None
 
 
-def _record_digest(entry: Mapping[str, Any], content: mmap.mmap) -> bytes:
+def record_digest(entry: Mapping[str, Any], content: mmap.mmap) -> bytes:
     """BLAKE3 of a record's key and members, as the shard format has it (train/shards.py, record_digest)."""
     key = cast(str, entry["key"]).encode()
     digest = blake3(b"%d:%b" % (len(key), key))

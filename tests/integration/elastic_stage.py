@@ -26,17 +26,17 @@ from checkpointing.places import LocalPlace
 from checkpointing.sharded import Chunk, latest, save_now
 from models.dit import DiT, DiTConfig
 from tests.integration import private_stage
-from train import labelled_images
 from train.config import TrainStage
 from train.heartbeat import Heartbeat
 from train.loop import Preempted
 from train.loop import train as train_stage
 from train.optim import ExponentialMovingAverage
 from train.parallel import Backend, World, build_model, join_world
+from train.randomness import Draws
 from train.recipe import load_stage
 from train.run_folder import RunFolder
 from train.state import initialise, pieces, restore, tensors
-from train.step import PrivateStep, PublicStep
+from train.step import Batches, PrivateStep, PublicStep
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, BATCH = 8, 10
@@ -92,15 +92,15 @@ def train(base: Path, world: World, run: str, backend: str, until: int) -> None:
 
         step_class.__call__ = step_and_stop
 
-    def tell(seed: int, stage: str, step: int, records: Sequence[int], *rest: Any) -> Any:
+    def tell(self: Batches, step: int, records: Sequence[int], shape: Sequence[int], num_draws: int) -> Draws:
         os.write(samples, json.dumps({"step": step, "records": records}).encode() + b"\n")
-        return draw(seed, stage, step, records, *rest)
+        return draw(self, step, records, shape, num_draws)
 
-    calls, draw = (PublicStep.__call__, PrivateStep.__call__), labelled_images.record_draws
+    calls, draw = (PublicStep.__call__, PrivateStep.__call__), Batches.draws
     samples = os.open(base / run / "samples.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     stop_there(PublicStep)
     stop_there(PrivateStep)
-    labelled_images.record_draws = tell
+    Batches.draws = tell
     try:
         # each start goes further than the one before it, so the step to stop at is as good an epoch as any
         stage, folder = stage_for(run, backend), RunFolder.open(base / run, "digits")
@@ -110,7 +110,7 @@ def train(base: Path, world: World, run: str, backend: str, until: int) -> None:
         assert until < steps_of(run)
     finally:
         PublicStep.__call__, PrivateStep.__call__ = calls
-        labelled_images.record_draws = draw
+        Batches.draws = draw
         os.close(samples)
 
 

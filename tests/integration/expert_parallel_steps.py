@@ -10,12 +10,14 @@ checkpoint `FOLDER/KIND-BACKEND-PARTS-HOW`, and beside it the losses and the fir
 import faulthandler
 import os
 import sys
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from checkpointing.layout import SaveId
 from checkpointing.places import LocalPlace
@@ -62,7 +64,7 @@ def run(case: Case, folder: Path, world: World) -> None:
         backend=case.backend, nproc=world.size, expert_parallel=case.parts,  # type: ignore[arg-type]
         activation_checkpointing=case.how == "checkpointed", compile=case.how == "compiled",
     )  # fmt: skip
-    config = UnifiedConfig(**{**SMALL.model_dump(), **KINDS[case.kind]})
+    config = config_of(case.kind)
     backend = build_model(
         lambda: Unified(config), world, parallel, OPTIM,
         microbatch_size=1, bf16=case.how == "bf16", max_grad_norm=CLIPPED,
@@ -81,16 +83,38 @@ def run(case: Case, folder: Path, world: World) -> None:
             backend.publish()
         average.restart()
     losses, gradients = list[float](), list[tuple[str, int, Tensor]]()
+    held = dict[str, int]()
 
     def keep(shard: Shard, gradient: Tensor) -> None:
+        held.update(gradients=bytes_of(each.holder.grad for each in backend.shards))
         gradients.append((shard.name, shard.offset, gradient.detach().clone()))
 
     for step in range(STEPS):
         with torch.autocast("cpu", torch.bfloat16) if case.how == "bf16" else nullcontext():
             losses.append(take(backend, step))
         backend.update(1e-2, keep if step == 0 else None, average)
-    torch.save({"losses": losses, "gradients": gradients}, folder / f"{case.name}.{world.rank}.pt")
+    held |= {
+        "parameters": bytes_of(backend.module.parameters()),
+        "optimizer": bytes_of(moments for _, _, moments in backend.optimizer_tensors()),
+        "ema": bytes_of(values for _, values in average.averages),
+    }
+    if case.backend == "ddp":
+        sizes = backend.model._get_ddp_logging_data()["rebuilt_bucket_sizes"]  # type: ignore[operator]
+        held["gradients"] += sum(map(int, sizes.split(",")))
+    told = {"losses": losses, "gradients": gradients, "held": held}
+    torch.save(told, folder / f"{case.name}.{world.rank}.pt")
     save(backend, average, folder / case.name)
+
+
+def config_of(kind: str) -> UnifiedConfig:
+    return UnifiedConfig(**{**SMALL.model_dump(), **KINDS[kind]})
+
+
+def bytes_of(tensors: Iterable[Tensor | None]) -> int:
+    """Of the memory behind tensors, each piece once."""
+    held = [each.to_local() if isinstance(each, DTensor) else each for each in tensors]
+    storages = [each.untyped_storage() for each in held if each is not None]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def take(backend: Backend, step: int) -> float:

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,11 @@ import torch
 from torch import Tensor
 
 from checkpointing.sharded import Checkpoint, latest
-from tests.integration.expert_parallel_steps import CLIPPED, KINDS, Case, run
+from tests.integration.expert_parallel_steps import CLIPPED, KINDS, Case, config_of, run
+from train.config import Parallel, TrainStage
 from train.parallel import join_world
+from train.plan import count_parameters, plan_memory
+from train.recipe import load_stage
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -77,6 +81,21 @@ def test_two_ranks_that_share_the_experts_are_one_rank_that_has_them_all(tmp_pat
         require_equal(tmp_path, f"four:{backend}:2:starved", "four:single:1:starved")
         first = torch.load(tmp_path / f"four-{backend}-2-starved.1.pt")["gradients"]
         assert all(not values.any() for name, _, values in first if "experts" in name)
+    require_planned(tmp_path, "four:ddp:2:starved", 2, tolerance=0)
+    require_planned(tmp_path, "four:fsdp2:2:starved", 2, tolerance=0.01)  # a norm's one row is on one rank
+
+
+def require_planned(folder: Path, said: str, nproc: int, tolerance: float) -> None:
+    """The rank that holds most holds what the plan says, part by part."""
+    case = Case.of(said)
+    stage, model = load_stage(ROOT / "configs/shapes/30_pretrain.yaml"), config_of(case.kind)
+    assert isinstance(stage, TrainStage)
+    parallel = Parallel(backend=case.backend, nproc=nproc, expert_parallel=case.parts)  # type: ignore[arg-type]
+    stage = stage.model_copy(update={"parallel": parallel, "model": model})
+    planned = asdict(plan_memory(stage, model, count_parameters(model), nproc))
+    held = [torch.load(folder / f"{case.name}.{rank}.pt")["held"] for rank in range(nproc)]
+    for part in held[0]:
+        assert max(of_rank[part] for of_rank in held) == pytest.approx(planned[part], rel=tolerance), (said, part)
 
 
 @pytest.mark.slow
@@ -89,6 +108,7 @@ def test_four_ranks_are_two_replicas_of_two_parts(kind: str, tmp_path: Path) -> 
     together(tmp_path, 4, cases if kind == "modalities" else [*cases, f"{kind}:ddp:4", f"{kind}:fsdp2:4"])
     for case in cases:
         require_equal(tmp_path, case, f"{kind}:single:1")
+        require_planned(tmp_path, case, 4, tolerance=0.02)
 
 
 @pytest.mark.slow

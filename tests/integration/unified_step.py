@@ -32,7 +32,7 @@ def step(kind: str, engine: str, backend_name: str, world: World) -> list[tuple[
     parallel = Parallel(backend=name, nproc=world.size, activation_checkpointing=bool(checkpointed))  # type: ignore[arg-type]
     backend = build_model(
         lambda: Unified(config(kind)), world, parallel, Optim(learning_rate=1e-3),
-        microbatch_size=1, bf16=False, max_grad_norm=BOUND,
+        microbatch_size=1, bf16=False,
     )  # fmt: skip
     initialise(backend, seed=0)
     clipper = make_clipper(engine, backend.module, BOUND)  # type: ignore[arg-type]

@@ -3,6 +3,8 @@
 # B rows, N tokens, D width, E experts, A choices
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from kernels.moe import load_variation
 from kernels.per_record import Site
-from models.moe import MixtureOfExperts, Routed
+from models.moe import MixtureOfExperts, Routed, Router
 from models.unified_objective import UnifiedObjective
 from train.parallel import join_world
 
@@ -88,6 +90,17 @@ def test_output_and_gradients_are_those_of_a_loop_over_tokens_and_choices(shape:
     found = torch.autograd.grad(loss, leaves)
     for got, wanted in zip(found, torch.autograd.grad(expected_loss, leaves), strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_logits_are_in_fp32_under_autocast_and_of_bf16_weights() -> None:
+    """As fsdp2 hands them out in a public bf16 step."""
+    torch.manual_seed(0)
+    router, x = Router(16, 4, bias=False), torch.randn(2, 50, 16)
+    halved = copy.deepcopy(router).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        for logits in (router(x), halved(x.bfloat16())):
+            assert logits.dtype == torch.float32
+            assert (logits != logits.bfloat16()).float().mean() > 0.9
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -206,9 +206,9 @@ def lora(num_tokens: int) -> Case:
 
 
 class Experts(PerRecordModule):
-    def __init__(self, num_experts: int) -> None:
+    def __init__(self, num_experts: int, num_inputs: int = 4, num_outputs: int = 3) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(num_experts, 3, 4))
+        self.weight = nn.Parameter(torch.zeros(num_experts, num_outputs, num_inputs))
 
     def forward(self, x: Tensor, experts: Tensor) -> Tensor:
         return per_record.experts_linear(x, experts, self.weight, self.site)

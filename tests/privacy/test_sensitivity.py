@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from models.layers import Conv2d, Embedding, LearnedTensor, Linear
+from models.unified import TiedEmbedding
 from tests.privacy.clipped_sums import ENGINES, clipped_sum, norm_of
 from tests.privacy.layer_cases import CASES, RECORDS, Experts
 
@@ -218,6 +220,31 @@ def test_features_all_equal_gain_nothing_by_rounding_the_same_way(num_tokens: in
     for rest in (None, 1.0, 0.3, 0.1, 1e-2):
         x, gradient = all_equal(num_tokens, P, D, rest, *(1 + torch.rand(2, generator=generator)).tolist())
         assert share_of(engine, model, (x,), gradient) <= MOST
+
+
+class Tied(nn.Module):
+    """A table's rows for tokens beside its logits for features, all of one record."""
+
+    def __init__(self, vocabulary: int, width: int) -> None:
+        super().__init__()
+        self.table = TiedEmbedding(vocabulary, width)
+
+    def forward(self, tokens: Tensor, x: Tensor) -> Tensor:
+        return torch.cat([self.table(tokens).flatten(1), self.table(x).flatten(1)], 1)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_hundreds_of_like_tokens_of_one_row_or_one_expert_do_not_escape_the_bound(engine: str) -> None:
+    """Added up one by one, or in another order than they were measured in, they round the same way every time."""
+    ones = torch.ones(1, 1000, dtype=torch.int64)
+    for rest in (None, 0.5, 0.1, 1e-2):
+        x, gradient = all_equal(2000, 64, 1, rest, 1.3, 1.7)
+        assert share_of(engine, Experts(2, 64, 1), (x, ones.repeat(1, 2)), gradient) <= MOST
+        x, gradient = all_equal(1000, 8, 1, rest, 1.3, 1.7)
+        assert share_of(engine, Embedding(8, 8), (ones,), gradient * x) <= MOST
+        x, logits = torch.full((1, 1000, 64), 1.3), 1.7 * F.one_hot(ones, 8)
+        rows = -1.7 * x * (1 + (rest or 0.0))  # all but cancels what the table's use as a head has
+        assert share_of(engine, Tied(8, 64), (ones, x), torch.cat([rows.flatten(1), logits.flatten(1)], 1)) <= MOST
 
 
 @pytest.mark.slow

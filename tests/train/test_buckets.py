@@ -32,7 +32,6 @@ from train.empirical import CanarySplit
 from train.families import batches_of
 from train.images import ImageError, encode_png, pixels, upright_size
 from train.latent_shards import HEADER, LatentHeader
-from train.randomness import record_draws
 from train.shards import Record, write_shards
 
 MODEL_16 = MODEL.replace("image_size: 8", "image_size: 16")  # 16 patches
@@ -147,7 +146,7 @@ def test_an_image_is_cropped_to_its_bucket_and_its_noise_is_its_own(formed: Path
         expected = pixels(batches.dataset.read(record).image, 3, *size)
         assert ((shown + 1) * 127.5).round().numpy().astype(np.uint8).tolist() == expected.tolist()
         noise = batches.layout.unpatchify(laid.noise_BNF[learnt][None], *size)
-        assert torch.equal(noise, record_draws(stage.train.seed, stage.name, 3, [record], (3, *size), 1).noise)
+        assert torch.equal(noise, batches.draws(3, [record], (3, *size), 1).noise)
 
 
 def test_square_images_are_what_they_are_without_buckets(formed: Path) -> None:

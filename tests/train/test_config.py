@@ -114,7 +114,8 @@ def test_an_override_nobody_has_is_refused(override: str, says: str) -> None:
         ("privacy.target_epsilon=0", "privacy.target_epsilon is 0: it should be greater than 0"),
         ("privacy.dataset_cap=0.5", "above privacy.dataset_cap 0.5: lower the target or raise the cap"),
         ("pretrain.split=private", "a pretrain stage gives no privacy"),
-        ("pretrain.split=private_test", "split is private_test, but a pretrain stage gives no privacy"),
+        ("pretrain.split=test", "split is test, which is held out: eval stages show its records"),
+        ("finetune_dp.split=private_test", "split is private_test, which is held out"),
         ("finetune_dp.parallel.backend=zero3 privacy.clipping=kept_gradients", "set privacy.clipping to auto"),
         (
             "privacy.adaptive_bounds={quantile: 0.5}",
@@ -287,7 +288,7 @@ def test_how_many_steps_are_charged_at_once_is_no_part_of_a_private_stages_ident
     assert load_stage(path, ["privacy.replay_steps=9"]).sha256() != load_stage(path).sha256()
 
 
-@pytest.mark.parametrize("override", ["train.steps=123457", "optim.learning_rate=0.777", "split=test"])
+@pytest.mark.parametrize("override", ["train.steps=123457", "optim.learning_rate=0.777", "split=other"])
 def test_what_a_stage_computes_is_its_identity(override: str) -> None:
     path = PRETRAIN
     assert load_stage(path, [override]).sha256() != load_stage(path).sha256()

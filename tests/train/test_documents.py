@@ -1,5 +1,6 @@
 """Captioned images as documents in rows: what a step's losses are, whoever shares them, and what is refused."""
 
+import json
 import os
 import shutil
 import signal
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from checkpointing.sharded import latest
 from models.registry import build_module
 from models.tokenizer import open_tokenizer
-from models.unified import UnifiedConfig
+from models.unified import Unified, UnifiedConfig
 from privacy.clipping import make_clipper
 from privacy.ledger import read_ledger
 from privacy.sampling import PoissonSampler
@@ -24,17 +25,20 @@ from privacy.secrets import create_key_file
 from tests.privacy.clipped_sums import OneProcess
 from train.config import TrainStage
 from train.data import ShardDataset
-from train.documents import Documents
+from train.documents import Documents, layout_of
 from train.families import batches_of
+from train.generation import exported
 from train.heartbeat import Heartbeat
 from train.images import encode_png
-from train.loop import Preempted, train
+from train.loop import Preempted, load_average, train
 from train.metrics import read_metrics
 from train.parallel import World, join_world
 from train.recipe import load_stage
 from train.run_folder import RunFolder, now
+from train.sampling import open_model
 from train.shapes import SCENES
 from train.shards import Record, write_shards
+from train.stages import run_stage
 from train.step import PublicStep
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -234,6 +238,18 @@ def test_a_clipped_sum_is_the_same_on_any_number_of_ranks_and_with_any_bounds(pr
     assert (found - expected).norm() / expected.norm() < 1e-5
 
 
+def test_a_unit_that_leaves_the_split_changes_nothing_of_the_others(prepared: Path, tmp_path: Path) -> None:
+    """Nor what noise, times and dropped captions they meet, though all of them move up by a place."""
+    stage = finetune("objective.noise_draws=2")
+    model, whole = network(stage), ShardDataset(prepared / "filter/private", "private")
+    left = (whole.read(index) for index in range(1, NUM_RECORDS))
+    write_shards(tmp_path / "filter/private", "private", left, shard_size=20)
+    expected = clipped_sum([documents(prepared, stage)], model, by_one(*range(1, NUM_RECORDS)))
+    found = clipped_sum([documents(tmp_path, stage)], model, by_one(*range(NUM_RECORDS - 1)))
+    assert expected.norm() > 0.5
+    assert (found - expected).norm() < 1e-5 * expected.norm(), "draws by place move it by twice the bound"
+
+
 def test_a_units_loss_is_its_records_mean_and_nobody_elses_matter(prepared: Path) -> None:
     stage = finetune(*USERS, "train.microbatch_size=4")
     batches, model = documents(prepared, stage), network(stage)
@@ -311,12 +327,22 @@ def test_a_balance_that_couples_records_is_refused_before_any_is_read(
         documents(prepared, finetune(SHORT, "objective.balancing=batch"))
 
 
-def test_records_without_a_caption_are_refused_by_name(tmp_path: Path) -> None:
-    image = encode_png(Image.new("RGB", (8, 8)))
-    records = (Record(f"r{i}", f"r{i}", image, None, text) for i, text in enumerate(["words", None, ""]))
-    write_shards(tmp_path / "filter" / "public", "public", records, shard_size=20)
-    with pytest.raises(ValueError, match="2 of 3 records of split public have no caption, or an empty one, such as r1"):
-        documents(tmp_path, pretrain())
+@pytest.mark.parametrize("private", [False, True])
+def test_records_without_a_caption_are_refused_by_name_before_anything_is_trained_or_charged(
+    prepared: Path, tmp_path: Path, private: bool
+) -> None:
+    stage = finetune() if private else pretrain()
+    run, image = copy_of(prepared, tmp_path / "run"), encode_png(Image.new("RGB", (8, 8)))
+    texts = [None if index == 7 else "" if index == 9 else "words" for index in range(NUM_RECORDS)]
+    records = (Record(f"r{index}", f"r{index}", image, None, text) for index, text in enumerate(texts))
+    root = write_shards(run.path / "filter" / stage.split, stage.split, records, shard_size=20).root
+    content = json.loads(run.manifest_path("filter").read_text())
+    content["metrics"]["splits"][stage.split]["root"] = root
+    run.manifest_path("filter").write_text(json.dumps(content))
+    said = f"2 of 30 records of split {stage.split} have no caption, or an empty one, such as r7: ingest them with"
+    with pytest.raises(ValueError, match=said):
+        trained(run, stage)
+    assert not (run.path / "ledger.jsonl").exists() and not (run.path / stage.name / "checkpoints").exists()
 
 
 def test_the_recipes_tokenizer_has_a_token_for_each_word_that_tells_of_a_scene() -> None:
@@ -365,6 +391,49 @@ def test_a_stop_and_a_resume_end_bit_for_bit_as_a_run_without(
             trained(stopped, stage)
     found = trained(stopped, stage)
     assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+def test_a_model_with_a_tokenizers_file_is_opened_from_anywhere_by_the_stages_own_copy(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though its recipe names the file from where it was trained, and that is gone."""
+    original = ROOT / "configs/shapes/tokenizer.json"
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "there")
+    shutil.copy(original, "words.json")
+    run = copy_of(prepared, tmp_path / "run")
+    stage = pretrain(MODEL.replace("num_experts", "tokenizer: words.json, num_experts"), "train.steps=1")
+    run_stage(stage, run, None, Heartbeat(0))
+    onward = stage.model_copy(update={"name": "onward", "init_from": "pretrain", "model": None})
+    (tmp_path / "there").rename(tmp_path / "gone")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    run_stage(onward, run, None, Heartbeat(0))
+    moved = RunFolder.open(run.path.rename(tmp_path / "moved"), "shapes")
+    for name in ("pretrain", "onward"):
+        manifest, copy = moved.read_manifest(name), moved.path / name / "tokenizer.json"
+        assert manifest is not None and f"{name}/tokenizer.json" in manifest["outputs"]
+        assert copy.read_bytes() == original.read_bytes()
+        opened = open_model(f"{moved.path}:{name}")
+        assert isinstance(opened.model, Unified)
+        assert len(layout_of(opened.model.config).tokenizer.encode("two red rings").tokens) == 3
+    config, _, _ = load_average(moved, "onward")
+    section, files = exported(config)
+    assert section["tokenizer"] == "tokenizer.json" and files == {"tokenizer.json": original.read_bytes()}
+    copy.write_bytes(copy.read_bytes() + b"\n")
+    with pytest.raises(ValueError, match=f"tokenizer_sha256 is .*, but tokenizer {copy} has .*: restore that file"):
+        open_model(str(moved.path))
+    copy.unlink()
+    with pytest.raises(ValueError, match=f"{copy} is no tokenizers file"):
+        open_model(str(moved.path))
+
+
+def test_a_tokenizers_file_that_changes_while_a_stage_begins_is_refused(prepared: Path, tmp_path: Path) -> None:
+    words = Path(shutil.copy(ROOT / "configs/shapes/tokenizer.json", tmp_path / "words.json"))
+    stage = pretrain(MODEL.replace("num_experts", f"tokenizer: {words}, num_experts"))
+    words.write_bytes(words.read_bytes() + b"\n")
+    with pytest.raises(ValueError, match=r"words\.json was changed since it was read"):
+        trained(copy_of(prepared, tmp_path / "run"), stage)
 
 
 @pytest.mark.parametrize("operator", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -52,6 +53,14 @@ def vae(seed: int = 0) -> VAE:
     model = VAE(CONFIG)
     model.init_weights(torch.Generator().manual_seed(seed))
     return model.eval()
+
+
+def huge() -> VAE:
+    """One whose latents are beyond float16."""
+    model = vae()
+    with torch.no_grad():
+        model.encoder.conv_out.weight.mul_(1e9)
+    return model
 
 
 def records(split: str, seed: int = 0) -> list[Record]:
@@ -207,6 +216,10 @@ def test_the_decoder_gives_images_back_from_the_stage_and_from_an_export(
         torch.testing.assert_close(images, vae().decode(stored).clamp(-1, 1), rtol=1e-4, atol=1e-5)
     assert decode(latents[:0]).shape == (0, 1, 8, 8)
     real, _ = ShardDataset(source / "public", "public").batch(range(20), 1, 8)
+    torch.testing.assert_close(decode.encode(real), latents, rtol=2e-3, atol=1e-3)  # what a shard holds: the mean
+    assert decode.encode(real[:0]).shape == (0, 3, 4, 4)
+    with pytest.raises(ValueError, match="an image encodes to what float16 cannot hold"):
+        dataclasses.replace(decode, vae=huge()).encode(real)
     expected = 10 * np.log10(4 / float((images - real).square().mean()))
     assert reconstruction_psnr(ShardDataset(source / "public", "public"), dataset, decode) == pytest.approx(expected)
     decode.write(tmp_path / "export")
@@ -283,14 +296,13 @@ def test_a_header_that_was_changed_is_refused(source: Path, tmp_path: Path) -> N
 def test_what_cannot_be_encoded_is_an_error_that_names_it(source: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has no public split \(private\): mean and deviation"):
         plan(source, tmp_path / "out", splits=["private"])
-    dead, huge = vae(), vae()
+    dead = vae()
     with torch.no_grad():
         dead.encoder.conv_out.weight[1], dead.encoder.conv_out.bias[1] = 0, 2  # type: ignore[index]
-        huge.encoder.conv_out.weight.mul_(1e9)
     with pytest.raises(ValueError, match="channel 1 of the latents is the same all over the public split"):
         encode_shards(plan(source, tmp_path / "dead", dead), work)
     with pytest.raises(ValueError, match=r"record public-\d+ encodes to what float16 cannot hold: take another VAE"):
-        encode_shards(plan(source, tmp_path / "huge", huge), work)
+        encode_shards(plan(source, tmp_path / "huge", huge()), work)
     broken = write(tmp_path / "broken")
     tar = broken / "test" / "test-00000.tar"
     content = bytearray(tar.read_bytes())

@@ -17,11 +17,12 @@ from train.config import FinetuneStage, TrainStage
 from train.documents import layout_of
 from train.images import encode_png
 from train.launchers import Placement
-from train.plan import count_records, plan, plan_memory, plan_privacy
+from train.plan import ParameterCounts, count_records, plan, plan_memory, plan_privacy
 from train.recipe import ConfigError, load_recipe
 from train.shards import Record, write_shards
 
 DIGITS = ROOT / "configs" / "digits"
+SHAPES = ROOT / "configs" / "shapes"
 XL2 = ROOT / "configs" / "imagenet_dit_xl2"
 NANO = DiTConfig(size="nano", image_size=8, channels=1, patch_size=2, num_classes=10)
 SMALL = DiTConfig(width=64, depth=6, heads=4, image_size=16, channels=4, patch_size=2, num_classes=10)
@@ -107,7 +108,9 @@ def test_activation_checkpointing_keeps_less() -> None:
 )
 def test_states_are_counted_by_what_the_backend_shards(backend: str, copies_of_the_weights: float) -> None:
     stage = finetune(f"parallel={{backend: {backend}, nproc: 4}}")
-    memory = plan_memory(stage, NANO, num_parameters=1000, largest_block=100, world_size=4)
+    memory = plan_memory(
+        stage, NANO, ParameterCounts(1000, experts=0, experts_a_layer=0, block=100, block_experts=0), 4
+    )
     states = memory.parameters + memory.gradients + memory.optimizer + memory.ema
     assert states == pytest.approx(4 * 1000 * copies_of_the_weights)
 
@@ -201,3 +204,14 @@ def test_the_plan_refuses_a_batch_that_the_nodes_cannot_share(tmp_path: Path) ->
     recipe = load_recipe(DIGITS, ["pretrain.train.batch_size=64", "pretrain.train.microbatch_size=32"])
     with pytest.raises(ValueError, match="which 6 ranks"):
         plan(recipe, tmp_path, Placement(nnodes=3), [recipe.stage("pretrain")])
+
+
+def test_the_plan_refuses_experts_that_the_ranks_cannot_share(tmp_path: Path) -> None:
+    recipe = load_recipe(SHAPES, ["pretrain.parallel={backend: ddp, nproc: 1, expert_parallel: 2}"])
+    with pytest.raises(ValueError, match="expert_parallel is 2, which does not divide the 1 ranks"):
+        plan(recipe, tmp_path, Placement(), [recipe.stage("pretrain")])
+    (row,) = plan(recipe, tmp_path, Placement(nnodes=2), [recipe.stage("pretrain")])
+    whole = load_recipe(SHAPES, ["pretrain.parallel={backend: ddp, nproc: 1}"])
+    (all_experts,) = plan(whole, tmp_path, Placement(nnodes=2), [whole.stage("pretrain")])
+    assert row.memory is not None and all_experts.memory is not None
+    assert row.memory.total < all_experts.memory.total

@@ -14,12 +14,15 @@ from models.dit import DiT, DiTConfig
 from models.flow import Objective
 from models.packed import Image, Text
 from models.tokenizer import ByteTokenizer, open_tokenizer
+from models.unified import Unified
 from models.unified_objective import UnifiedObjective
+from models.vae import VAE, VAEConfig
 from scripts.sample import main
 from tests.train.unified_models import IMAGE_SIZE, MAX_TOKENS, config, filled
 from train import ROOT
-from train.generation import exported
-from train.sampling import documents_of, open_model, read_image
+from train.autoencoding import VAE_FOLDER, Decoder
+from train.generation import exported, write
+from train.sampling import documents_of, open_model, read_image, read_images
 
 PIXELS = torch.zeros(3, IMAGE_SIZE, IMAGE_SIZE)
 
@@ -42,6 +45,20 @@ def classes(tmp_path_factory: pytest.TempPathFactory) -> str:
     section, _ = exported(model.config)
     described = {"model": section, "objective": Objective().model_dump(), "source": "test"}
     write_export(folder, model.state_dict(), described)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A unified model of a VAE's latents, of another number of channels and another size than its images."""
+    folder = tmp_path_factory.mktemp("latents") / "model"
+    vae = VAE(VAEConfig(image_size=IMAGE_SIZE, channels=3, latent_channels=4, widths=(4, 8), norm_groups=2))
+    vae.init_weights(torch.Generator().manual_seed(0))
+    model = filled(config(channels=4, image_size=IMAGE_SIZE // 2, patch_size=4))
+    section, _ = exported(model.config)
+    described = {"model": section, "objective": UnifiedObjective().model_dump(), "source": "test"}
+    write_export(folder, model.state_dict(), described)
+    Decoder(vae.eval(), mean=(0.1,) * 4, std=(0.5, 1.0, 0.5, 1.0)).write(folder / VAE_FOLDER)
     return str(folder)
 
 
@@ -85,6 +102,28 @@ def test_images_stand_where_the_prompt_says_and_either_comes_of_them(
     kinds = [part.pixels_CHW if isinstance(part, Image) else bytes(part.tokens) for part in document]
     assert kinds[0] == b"a" and kinds[1] is first and kinds[2] == b"b" and kinds[3] is second
     assert isinstance(document[0], Text)
+
+
+def test_a_model_of_latents_is_given_what_its_vae_makes_of_an_image(
+    latents: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["--model", latents, "--image", picture(tmp_path / "a.png")]
+    assert main(asked) == 0
+    caption = capsys.readouterr().out
+    assert main(asked) == 0 and capsys.readouterr().out == caption, "no draw from the posterior"
+    opened = open_model(latents)
+    assert isinstance(opened.model, Unified) and opened.decode is not None
+    (image,) = read_images([tmp_path / "a.png"], opened.model.config, opened.decode)
+    assert image.shape == (4, 8, 8)
+    assert write(opened.model, [[Image(image)]]) != write(opened.model, [[Image(image + 1)]]), "which it looks at"
+    pixels = read_image(tmp_path / "a.png", 3, IMAGE_SIZE)[None]
+    with torch.no_grad():
+        mean, _ = opened.decode.vae.encode(pixels)
+    normalised = (mean[0] - 0.1) / torch.tensor([0.5, 1.0, 0.5, 1.0])[:, None, None]
+    torch.testing.assert_close(image, normalised, rtol=2e-3, atol=1e-3)
+    again = ["--prompt", "<|image|> and then", "--steps", "1", "--out", str(tmp_path / "next")]
+    assert main([*asked, *again]) == 0
+    assert Picture.open(tmp_path / "next" / "0000.png").size == (IMAGE_SIZE, IMAGE_SIZE)
 
 
 def test_lines_of_the_standard_input_are_prompts(

@@ -230,6 +230,21 @@ def test_a_users_loss_is_the_mean_over_its_records_and_padding_counts_for_nothin
         assert of_users.tolist() == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_units_loss_is_the_same_where_another_leaves_the_split(prepared: Path, tmp_path: Path) -> None:
+    """All behind it move up by a place, and meet the same times, noise and dropped labels."""
+    stage, world, whole = stage_of(), join_world(), dataset_of(RunFolder.open(prepared, "digits"))
+    config, model = model_of(stage)
+    left = (whole.read(index) for index in range(1, len(whole)))
+    write_shards(tmp_path, "private", left, shard_size=25)
+    losses = list[list[float]]()
+    for dataset, first in ((whole, 1), (ShardDataset(tmp_path, "private"), 0)):
+        batches = LabelledImages(stage, config, world, dataset)
+        loaded = batches.load(2, np.arange(first, first + 9)[:, None])
+        with torch.no_grad():
+            losses.append([loss for batch in batches.of(loaded) for loss in batch.losses(model).tolist()])
+    assert losses[0] == losses[1]
+
+
 @pytest.mark.parametrize("number", [0, 1, 5, 7])
 def test_ranks_of_unequal_draw_run_equally_many_microbatches_of_one_size(prepared: Path, number: int) -> None:
     stage, dataset = stage_of(*USERS), dataset_of(RunFolder.open(prepared, "digits"))
