@@ -4,7 +4,7 @@ Only a `PerRecordModule` holds trainable parameters, so that private training se
 the operations of `kernels.per_record`, whose first dimension is always the record.
 """
 
-# B records, N tokens, D model width, H heads, K head width, S sinusoid features
+# B records, N tokens, D model width, H heads, K head width, S sinusoid features, V entries of a table
 
 import math
 from collections.abc import Callable
@@ -52,6 +52,16 @@ class Embedding(PerRecordModule, nn.Embedding):
         if self.max_norm is not None or self.scale_grad_by_freq:
             raise ValueError("max_norm and scale_grad_by_freq couple records: leave them unset")
         return per_record.embedding(input, self.weight, self.site, self.padding_idx)
+
+
+class TiedEmbedding(Embedding):
+    """One table, used as the text's embedding and as its head: each use reports its per-record gradient."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """int64 tokens [B, N] -> [B, N, D]; floats [B, N, D] -> logits [B, N, V]. One method: wrappers hook forward."""
+        if input.is_floating_point():
+            return per_record.linear(input, self.weight, None, self.site)
+        return super().forward(input)
 
 
 class LearnedTensor(PerRecordModule):

@@ -32,7 +32,6 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from kernels import per_record
 from kernels.attention import attention
 from kernels.attention_mask import AttentionMask, attention_mask, text_and_images
 from kernels.norms import rms_norm
@@ -40,9 +39,9 @@ from kernels.qk_norm_rope import qk_norm_rope, rotary_angles
 from models.layers import (
     MAX_PERIOD,
     SINUSOID_FEATURES,
-    Embedding,
     LearnedTensor,
     Linear,
+    TiedEmbedding,
     TimestepEmbedding,
     fill_in,
 )
@@ -187,16 +186,6 @@ class UnifiedConfig(Sized):
         """Pairs of a head's features turned by the place in the document, by the row and by the column."""
         pairs = self.width // self.heads // 2
         return pairs - 2 * (pairs // 4), pairs // 4, pairs // 4
-
-
-class TiedEmbedding(Embedding):
-    """One table, used as the text's embedding and as its head: each use reports its per-record gradient."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """int64 tokens [B, N] -> [B, N, D]; floats [B, N, D] -> logits [B, N, V]. One method: wrappers hook forward."""
-        if input.is_floating_point():
-            return per_record.linear(input, self.weight, None, self.site)
-        return super().forward(input)
 
 
 class Norm(nn.Module):

@@ -34,8 +34,8 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from torch import Tensor, nn
 
+from models.layers import TiedEmbedding
 from models.registry import ModelConfig, build_module
-from models.unified import TiedEmbedding
 from privacy.empirical import EngineCheck, audit_one_run, epsilon_lower_bound, fair_coins
 from privacy.ledger import Charge, Ledger
 from privacy.mechanism import Mechanism, OwnedShard

@@ -17,8 +17,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from models.layers import Conv2d, Embedding, LearnedTensor, Linear
-from models.unified import TiedEmbedding
+from models.layers import Conv2d, Embedding, LearnedTensor, Linear, TiedEmbedding
 from tests.privacy.clipped_sums import ENGINES, clipped_sum, norm_of
 from tests.privacy.layer_cases import CASES, RECORDS, Experts
 
