@@ -5,14 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.integration.recipe_run import run_recipe
 from train.autoencoding import VAE_FOLDER, decoder_of, open_decoder
 from train.data import ShardDataset
-from train.heartbeat import Heartbeat
 from train.latents import reconstruction_psnr
 from train.loop import load_average
-from train.recipe import load_recipe
-from train.run_folder import RunFolder
-from train.stages import run_stage
 
 RECIPE = {
     "10_ingest": "{stage: ingest, source: {kind: digits}, shard_size: 256}",
@@ -36,17 +33,9 @@ EVERYWHERE = "parallel: {backend: single}, log: {wandb: disabled}"
 
 
 @pytest.mark.slow
-def test_a_dit_is_trained_on_the_latents_of_the_digits_publicly_then_privately(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_dit_is_trained_on_the_latents_of_the_digits_publicly_then_privately(tmp_path: Path) -> None:
     """Of held-out digits 18 dB are to come back; the mean of all public ones is at 11.4 dB."""
-    monkeypatch.setenv("SFUMATO_SECRET", "00" * 32)
-    (tmp_path / "recipe").mkdir()
-    for name, text in RECIPE.items():
-        (tmp_path / "recipe" / f"{name}.yaml").write_text(text.replace("%s", EVERYWHERE))
-    run = RunFolder.open(tmp_path / "run", "recipe")
-    for stage in load_recipe(tmp_path / "recipe").stages:
-        run_stage(stage, run, None, Heartbeat(0))
+    run = run_recipe(tmp_path, {name: text.replace("%s", EVERYWHERE) for name, text in RECIPE.items()})
     decode = decoder_of(run, "latents")
     assert decode is not None
     assert decoder_of(run, "ingest") is None

@@ -8,13 +8,11 @@ from PIL import Image as Picture
 
 from models.packed import Image
 from models.unified import Unified
+from tests.integration.recipe_run import run_recipe
 from train.generation import build, draw, load_export, objective_of, write
-from train.heartbeat import Heartbeat
 from train.loop import load_average
-from train.recipe import load_recipe
 from train.run_folder import RunFolder
 from train.sampling import open_model
-from train.stages import run_stage
 from train.unified_evaluation import Source, prompt
 
 EVERYWHERE = "parallel: {backend: single}, log: {wandb: disabled}"
@@ -39,16 +37,7 @@ RECIPE = {
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    folder = tmp_path_factory.mktemp("unified_job")
-    (folder / "recipe").mkdir()
-    for name, text in RECIPE.items():
-        (folder / "recipe" / f"{name}.yaml").write_text(text)
-    run = RunFolder.open(folder / "run", "recipe")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SFUMATO_SECRET", "00" * 32)
-        for stage in load_recipe(folder / "recipe").stages:
-            run_stage(stage, run, None, Heartbeat(0))
-    return run
+    return run_recipe(tmp_path_factory.mktemp("unified_job"), RECIPE)
 
 
 @pytest.mark.slow

@@ -8,13 +8,11 @@ from PIL import Image as Picture
 
 from models.packed import Image
 from models.unified import Unified
+from tests.integration.recipe_run import run_recipe
 from train.autoencoding import decoder_of
 from train.generation import draw, objective_of, write
-from train.heartbeat import Heartbeat
-from train.recipe import load_recipe
 from train.run_folder import RunFolder
 from train.sampling import Opened, open_model
-from train.stages import run_stage
 from train.unified_evaluation import Source, prompt
 
 EVERYWHERE = "parallel: {backend: single}, log: {wandb: disabled}"
@@ -44,16 +42,7 @@ HOW = {"seed": 1, "sampler": "heun", "steps": 3, "guidance": 2.0}
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    folder = tmp_path_factory.mktemp("unified_latents")
-    (folder / "recipe").mkdir()
-    for name, text in RECIPE.items():
-        (folder / "recipe" / f"{name}.yaml").write_text(text)
-    run = RunFolder.open(folder / "run", "recipe")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SFUMATO_SECRET", "00" * 32)
-        for stage in load_recipe(folder / "recipe").stages:
-            run_stage(stage, run, None, Heartbeat(0))
-    return run
+    return run_recipe(tmp_path_factory.mktemp("unified_latents"), RECIPE)
 
 
 def drawn_by(opened: Opened, captions: list[str]) -> torch.Tensor:
