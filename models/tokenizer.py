@@ -109,7 +109,8 @@ class FileTokenizer(Tokenizer):
     """The vocabulary of a `tokenizers` JSON file, which must hold every special token.
 
     specials: what the file calls them, by our names, where it is not `<|name|>`. The file's own truncation, padding and
-    templates are not applied. Raises ValueError for a file that cannot be read and for special tokens it does not have.
+    templates are not applied, nor its dropout: merges drawn by chance would give a text other tokens each time. Raises
+    ValueError for a file that cannot be read and for special tokens it does not have.
     """
 
     def __init__(self, path: Path, specials: Mapping[str, str] | None = None) -> None:
@@ -126,6 +127,8 @@ class FileTokenizer(Tokenizer):
         self._file.no_truncation()
         self._file.no_padding()
         self._file.encode_special_tokens = True  # as text
+        if isinstance(self._file.model, tokenizers.models.BPE):
+            self._file.model.dropout = None
         names = {**SPECIALS, **(specials or {})}
         found = {name: self._file.token_to_id(token) for name, token in names.items()}
         if missing := [names[name] for name, token in found.items() if token is None]:
@@ -138,7 +141,12 @@ class FileTokenizer(Tokenizer):
         super().__init__(vocab_size, {name: token for name, token in found.items() if token is not None})
 
     def _encode(self, text: str) -> list[int]:
-        tokens: list[int] = self._file.encode(text, add_special_tokens=False).ids
+        try:
+            tokens: list[int] = self._file.encode(text, add_special_tokens=False).ids
+        except Exception:  # bare, as above; what it says may repeat the text
+            raise ValueError(
+                "the tokenizer's file cannot encode the text: give the file a token for the unknown"
+            ) from None
         if not self._special_tokens.isdisjoint(tokens):  # a file whose plain vocabulary holds a special token's name
             raise ValueError("the text spells a special token, and this file takes it for one: leave the text out")
         return tokens
@@ -147,6 +155,10 @@ class FileTokenizer(Tokenizer):
         return self._file.decode(tokens, skip_special_tokens=False)
 
     def _cut(self, tokens: list[int], length: int) -> list[int]:
+        whole = self._decode(tokens)
+        # tokens of bytes may end within a character, which the text itself may have as U+FFFD
+        while (kept := self._decode(tokens[:length])).endswith("\ufffd") and not whole.startswith(kept):
+            length -= 1
         return tokens[:length]
 
 

@@ -8,6 +8,7 @@ on the whole document each time, to rounding. Randomness comes in as an argument
 # B rows, N tokens, F features of a patch, V vocabulary, T tokens to write
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -84,7 +85,7 @@ def write_texts(
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens is {max_tokens}: give at least 1")
-    if temperature < 0:
+    if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature is {temperature}: give 0 or more")
     if temperature > 0 and (uniforms_BT is None or uniforms_BT.shape != (len(documents), max_tokens)):
         raise ValueError(f"temperature is {temperature}, which needs uniforms_BT ({len(documents)}, {max_tokens})")
@@ -103,7 +104,8 @@ def write_texts(
             next_B = logits_BV.argmax(1)
         else:
             assert uniforms_BT is not None
-            chances_BV = (logits_BV / temperature).double().softmax(1)
+            # float64: in fp32 a temperature beyond its range would make the unwritten tokens' -inf a NaN
+            chances_BV = ((logits_BV - logits_BV.amax(1, keepdim=True)).double() / temperature).softmax(1)
             passed_BV = chances_BV.cumsum(1) > uniforms_BT[:, step : step + 1].to(chances_BV)
             # a sum that rounding left below 1 may not be passed at all: then the likeliest
             next_B = torch.where(passed_BV.any(1), passed_BV.int().argmax(1), logits_BV.argmax(1))

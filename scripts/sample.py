@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--sampler", choices=("euler", "heun"), default="euler", help="(default: %(default)s)")
     add("--steps", type=_positive, default=50, help="of the sampler (default: %(default)s)")
     add("--temperature", type=_not_negative, default=0.0, help="of captions; 0: the likeliest (default: %(default)s)")
-    add("--seed", type=_natural, default=0, help="(default: %(default)s)")
+    add("--seed", type=_seed, default=0, help="(default: %(default)s)")
     return parser
 
 
@@ -67,9 +67,9 @@ def _positive(text: str) -> int:
     return value
 
 
-def _natural(text: str) -> int:
-    if (value := int(text)) < 0:
-        raise argparse.ArgumentTypeError(f"{value} is negative: give 0 or more")
+def _seed(text: str) -> int:
+    if not 0 <= (value := int(text)) < 2**64:
+        raise argparse.ArgumentTypeError(f"{value} is out of range: give 0 to {2**64 - 1}")
     return value
 
 

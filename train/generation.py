@@ -37,9 +37,13 @@ def build(config: UnifiedConfig, weights: dict[str, Tensor]) -> Unified: ...
 @overload
 def build(config: ModelConfig, weights: dict[str, Tensor]) -> nn.Module: ...
 def build(config: ModelConfig, weights: dict[str, Tensor]) -> nn.Module:
-    """The model with these weights, ready to sample from."""
+    """The model with these weights, ready to sample from. Raises ValueError for those of another model."""
     model = build_module(config)
-    model.load_state_dict(weights, strict=True)
+    try:
+        model.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        told = str(error).splitlines()[-1].strip()
+        raise ValueError(f"config and weights are not of one model ({told})") from None
     return model.eval()
 
 
@@ -193,12 +197,15 @@ def exported(config: ModelConfig) -> tuple[dict[str, Any], dict[str, bytes]]:
 def load_export(folder: Path) -> tuple[nn.Module, Objective | UnifiedObjective, dict[str, Any]]:
     """The model and objective of an exported folder, and the whole of its config.
 
-    The digests of the weights and, where the model has one, of the tokenizer's file are checked: ExportError.
+    The digests of the weights and, where the model has one, of the tokenizer's file are checked, and that the config is
+    of a model with such weights: ExportError.
     """
     config, tensors = read_export(folder)
     try:
         model = build(read_config(config["model"], folder), tensors)
-    except (ValueError, OSError) as error:
-        raise ExportError(f"{folder} is no whole export: {error}") from None
-    objective = UnifiedObjective if isinstance(model, Unified) else Objective
-    return model, objective(**config["objective"]), config
+        objective = (UnifiedObjective if isinstance(model, Unified) else Objective)(**config["objective"])
+    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+        raise ExportError(
+            f"{folder} is no whole export ({type(error).__name__}: {error}): export the model again"
+        ) from None
+    return model, objective, config

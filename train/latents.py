@@ -49,11 +49,13 @@ from train.tasks import (
 )
 
 # Part of every task's id. Raise it where this code makes other shards of the same input and VAE.
-FORMAT = 2
+FORMAT = 3
 
 _LEAST_STD = 1e-6
 _SHOWN = 256
-_BATCH = 64  # always: a convolution's rounding may hang on how many images go through it together
+# Always, were it with blank images: a convolution's rounding hangs on how many go through it together, and a record's
+# latents would hang on which others there are.
+_BATCH = 64
 _FILES = (".tar", ".index.jsonl", SUFFIX)
 
 
@@ -208,7 +210,7 @@ class LatentsJob(BaseModel):
         """The posterior's mean of each record's image, float16 [B, c, h, w]."""
         model = self._vae()
         config = model.config
-        images = np.empty((len(records), config.channels, config.image_size, config.image_size), np.uint8)
+        images = np.zeros((_BATCH, config.channels, config.image_size, config.image_size), np.uint8)
         for place, record in enumerate(records):
             try:
                 images[place] = pixels(record.image, config.channels, *images.shape[2:])
@@ -217,7 +219,7 @@ class LatentsJob(BaseModel):
         device = next(model.parameters()).device
         with torch.no_grad(), _same_rounding():
             mean, _ = model.encode(torch.from_numpy(images).to(device).float().div_(127.5).sub_(1))
-        stored = mean.half()
+        stored = mean[: len(records)].half()
         if not bool(torch.isfinite(stored).all()):
             place = int((~torch.isfinite(stored)).flatten(1).any(1).nonzero()[0])
             raise ValueError(f"record {records[place].key} encodes to what float16 cannot hold: take another VAE")

@@ -299,7 +299,9 @@ class _Log:
         if due:
             epsilon = {} if self.mechanism is None else {"epsilon": self.mechanism.spent()}
             public = {} if self.private else figures
-            self.metrics.log(step, loss=values.loss, **public, **epsilon, **self.throughput.read())
+            # how long a private step takes tells its true batch size: only the whole stage's mean is shown
+            speed = self.throughput.read() if not self.private or done == self.last else {}
+            self.metrics.log(step, loss=values.loss, **public, **epsilon, **speed)
             if self.private and figures:
                 self.metrics.log_operator_only(step, **figures)
             text += "".join(f"  epsilon {value:.3f}" for value in epsilon.values())

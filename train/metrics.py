@@ -9,6 +9,7 @@ guarantee, stay in this file, and go neither to Weights & Biases nor into a pict
     text_loss, patches_loss     of a unified model: nats a text token, squared error an element of a noised patch
     expert_load_cv    coefficient of variation of the experts' load, a mean over layers
     images_per_s      over all ranks;  tflops: model TFLOP/s over all ranks;  mfu: share of the peak, null where unknown
+                      (in a private stage: of the whole stage, at its end, for a step's time tells its true batch size)
 """
 
 import json

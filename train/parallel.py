@@ -563,7 +563,13 @@ def _whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
 def _adamw(optim: Optim, parameters: Any) -> torch.optim.AdamW:
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
     return torch.optim.AdamW(
-        trainable, lr=optim.learning_rate, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
+        trainable,
+        lr=optim.learning_rate,
+        betas=optim.betas,
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        # elsewhere its default is one pass, too, or the kernels' (`step_in_one_pass`)
+        fused=all(parameter.device.type == "cpu" for parameter in trainable),
     )
 
 

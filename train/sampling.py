@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import json
 import re
 import sys
@@ -67,7 +68,11 @@ def open_model(given: str) -> Opened:
     marker = Path(path) / "run.json"
     if not marker.is_file():
         raise ValueError(f"--model is {given}: give a run folder, RUN:STAGE, or an exported folder (with config.json)")
-    run = RunFolder.open(Path(path), json.loads(marker.read_bytes())["recipe"])
+    try:
+        recipe = json.loads(marker.read_bytes())["recipe"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{marker} is no run's ({error!r}): restore it from a copy") from None
+    run = RunFolder.open(Path(path), recipe)
     finished = [manifest for folder in sorted(run.path.iterdir()) if (manifest := run.read_manifest(folder.name))]
     fit = {
         manifest["stage"]: manifest
@@ -183,9 +188,11 @@ def _sample_unified(opened: Opened, model: Unified, arguments: argparse.Namespac
                 model, documents, temperature=arguments.temperature, seed=arguments.seed, progress=told
             )  # fmt: skip
         for name, text in zip(names, texts, strict=True):
-            shown = "".join(each if each.isprintable() else "\ufffd" for each in text)  # a model may write anything
-            print(f"{name}: {shown}" if len(texts) > 1 else shown)
+            line = f"{name}: {text}" if len(texts) > 1 else text
+            # a model may write anything, and a file be called anything
+            print("".join(each if each.isprintable() else "\ufffd" for each in line))
         return 0
+    _require_place(arguments.out)
     with _bar("drawing", len(documents)) as told:
         drawn = draw(
             model, opened.objective, documents, seed=arguments.seed, sampler=arguments.sampler, steps=arguments.steps,
@@ -202,6 +209,7 @@ def _sample_classes(opened: Opened, model: DiT, arguments: argparse.Namespace) -
         raise ValueError(f"--label is {beyond[0]}: {opened.name} has classes 0 to {config.num_classes - 1}")
     assert isinstance(opened.objective, Objective)
     labels = torch.tensor(wanted).repeat_interleave(arguments.number)
+    _require_place(arguments.out)
     with _bar("drawing", len(labels)) as told:
         drawn = generate(
             model, opened.objective, labels, seed=arguments.seed, sampler=arguments.sampler, steps=arguments.steps,
@@ -211,11 +219,14 @@ def _sample_classes(opened: Opened, model: DiT, arguments: argparse.Namespace) -
 
 
 def _prompts(given: Sequence[str]) -> list[str | bytes]:
-    """As they were given; "-" stands for the lines of the standard input, as bytes."""
+    """As they were given; "-" stands for the lines of the standard input, as bytes, without a byte order mark."""
     prompts: list[str | bytes] = []
     for prompt in given:
-        lines = [line for line in sys.stdin.buffer.read().splitlines() if line.strip()] if prompt == "-" else [prompt]
-        prompts += lines
+        if prompt == "-":
+            lines = sys.stdin.buffer.read().removeprefix(codecs.BOM_UTF8).splitlines()
+            prompts += [line for line in lines if line.strip()]
+        else:
+            prompts.append(prompt)
     return prompts
 
 
@@ -223,13 +234,24 @@ def _shown(prompt: str | bytes) -> str:
     return prompt.decode() if isinstance(prompt, bytes) else prompt
 
 
+def _require_place(out: Path) -> None:
+    """Make the folder that the images go to; ValueError or OSError where they cannot, before they are drawn."""
+    is_sheet = _is_sheet(out)
+    if out.is_dir() if is_sheet else out.suffix.lower() in Picture.registered_extensions():
+        raise ValueError(f"--out is {out}: give one sheet, FILE.png, or a folder that is not called like an image")
+    (out.parent if is_sheet else out).mkdir(parents=True, exist_ok=True)
+
+
+def _is_sheet(out: Path) -> bool:
+    return out.suffix.lower() == ".png"
+
+
 def _keep(images: Tensor, names: Sequence[str], out: Path) -> int:
     """One sheet with the names beneath the images or, into a folder, each image by itself."""
-    if out.suffix.lower() == ".png":
+    if _is_sheet(out):
         image_grid(images, min(_COLUMNS, len(images)), out, notes=[[(name, "black")] for name in names])
         print(out)
         return 0
-    out.mkdir(parents=True, exist_ok=True)
     values_NHWC = ((images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).squeeze(-1).numpy()
     for number, values in enumerate(values_NHWC):
         Picture.fromarray(values).save(out / f"{number:04d}.png")

@@ -98,6 +98,7 @@ def with_caption(caption: str | None, pixels: torch.Tensor | None) -> Document:
         (lambda: with_caption("a", None), "a record has no image, which the document needs"),
         (lambda: image_to_text(None, [1]), "a record has no image"),
         (lambda: [Text([65, 261])], "a text has tokens outside 0 to 260: use this layout's tokenizer"),
+        (lambda: [Text([-1, 65])], "a text has tokens outside 0 to 260: use this layout's tokenizer"),
         (lambda: [text("far too long")], "row 0 has 14 tokens, but num_tokens is 13: pack fewer documents"),
     ],
 )

@@ -58,12 +58,12 @@ def test_generated_bytes_that_are_not_utf_8_decode_all_the_same() -> None:
     assert BYTES.decode([0x61, 0xFF, 0x62]) == "a\ufffdb"
 
 
-def a_file(folder: Path, names: list[str]) -> Path:
-    """Byte-level BPE trained on one sentence, padding and truncating, with these special tokens."""
+def a_file(folder: Path, names: list[str], dropout: float | None = None) -> Path:
+    """Byte-level BPE trained on one sentence, padding, truncating and beginning with the first of these specials."""
     pytest.importorskip("tokenizers")
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-    tokenizer = Tokenizer(models.BPE())
+    tokenizer = Tokenizer(models.BPE(dropout=dropout))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -71,6 +71,7 @@ def a_file(folder: Path, names: list[str]) -> Path:
     tokenizer.train_from_iterator(["a red circle above a blue square"] * 5, trainer)
     tokenizer.enable_truncation(3)
     tokenizer.enable_padding(length=16)
+    tokenizer.post_processor = processors.TemplateProcessing(f"{names[0]} $A", special_tokens=[(names[0], 0)])
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder / "tokenizer.json"
 
@@ -83,9 +84,51 @@ def test_a_file_gives_its_vocabulary_and_nothing_of_its_templates(tmp_path: Path
     assert 3 < len(tokens) < len(text.encode())
     assert not set(tokens) & set(tokenizer.specials.values()), "text never becomes a special token"
     assert tokenizer.vocab_size > max(tokens)
-    assert tokenizer.encode(text, max_tokens=5).tokens == tokens[:5]
-    assert tokenizer.encode(text, max_tokens=5).num_dropped == len(tokens) - 5
+    assert tokenizer.encode(text, max_tokens=4).tokens == tokens[:4]
+    assert tokenizer.encode(text, max_tokens=4).num_dropped == len(tokens) - 4
     assert tokenizer.decode([tokenizer.special("begin_text"), *tokens]) == text
+
+
+def test_a_text_cut_short_by_a_file_keeps_whole_characters(tmp_path: Path) -> None:
+    tokenizer, text = FileTokenizer(a_file(tmp_path, list(SPECIALS.values()))), "a \ufffd ü — 日本 red"
+    tokens = tokenizer.encode(text).tokens
+    for room in range(len(tokens)):
+        encoded = tokenizer.encode(text, max_tokens=room)
+        assert encoded.tokens == tokens[: len(encoded.tokens)] and len(encoded.tokens) in range(room - 2, room + 1)
+        assert encoded.num_dropped == len(tokens) - len(encoded.tokens)
+        assert text.startswith(tokenizer.decode(encoded.tokens))
+
+
+def test_a_file_that_draws_its_merges_by_chance_always_makes_them(tmp_path: Path) -> None:
+    plain = FileTokenizer(a_file(tmp_path, list(SPECIALS.values()))).encode("a red circle above").tokens
+    tokenizer = FileTokenizer(a_file(tmp_path, list(SPECIALS.values()), dropout=0.9))
+    assert all(tokenizer.encode("a red circle above").tokens == plain for _ in range(9))
+
+
+def words(folder: Path, vocabulary: list[str], added: list[str]) -> FileTokenizer:
+    """A token for each word, and none for others; with these special tokens behind."""
+    pytest.importorskip("tokenizers")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    file = Tokenizer(models.WordLevel({word: n for n, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    file.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    file.add_special_tokens(added)
+    file.save(str(folder / "words.json"))
+    return FileTokenizer(folder / "words.json")
+
+
+def test_a_text_that_a_file_has_no_token_for_is_refused_and_not_repeated(tmp_path: Path) -> None:
+    tokenizer = words(tmp_path, ["a"], list(SPECIALS.values()))
+    assert tokenizer.vocab_size == 1 + len(SPECIALS) and tokenizer.encode("a a").tokens == [0, 0]
+    with pytest.raises(ValueError, match="the tokenizer's file cannot encode the text") as caught:
+        tokenizer.encode("secret")
+    assert "secret" not in str(caught.value) and caught.value.__suppress_context__
+
+
+def test_a_text_that_a_file_would_take_for_a_special_token_is_refused(tmp_path: Path) -> None:
+    tokenizer = words(tmp_path, ["a", *SPECIALS.values()], [])
+    with pytest.raises(ValueError, match="the text spells a special token, and this file takes it for one"):
+        tokenizer.encode("a <|end_text|>")
 
 
 def test_a_file_may_call_its_special_tokens_otherwise(tmp_path: Path) -> None:

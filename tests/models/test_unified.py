@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,7 +20,7 @@ from kernels.per_record import PerRecordModule
 from models.flow import Objective
 from models.layers import fill_in
 from models.packed import Document, Image, Packed
-from models.unified import SIZES, PackedAttention, Unified, UnifiedConfig
+from models.unified import SIZES, PackedAttention, Prediction, Unified, UnifiedConfig
 from models.unified_objective import Totals, UnifiedObjective
 from tests.models.documents import (
     KINDS,
@@ -211,6 +211,21 @@ def test_losses_are_sums_over_each_rows_own_tokens() -> None:
     assert (losses.text_B > 0).tolist() == [True, True, False, False]
     assert (losses.patches_B > 0).tolist() == [True, False, True, False]
     assert losses.load_LE is None and not losses.balance_B.any() and not losses.z_B.any()
+
+
+def test_what_is_predicted_where_nothing_is_to_be_learnt_enters_no_loss_even_if_it_is_not_finite() -> None:
+    batch, model = LAYOUT.pack(rows()), MODELS["dense"]
+
+    class Spoilt(nn.Module):
+        def forward(self, seen: Packed, times: Tensor) -> Prediction:
+            found = model(seen, times)
+            return found._replace(
+                logits_BNV=found.logits_BNV.masked_fill((batch.weights_BN == 0)[..., None], torch.nan),
+                patches_BNF=found.patches_BNF.masked_fill(~batch.learnt_patches_BN[..., None], torch.nan),
+            )
+
+    whole, spoilt = (UnifiedObjective().losses(of, batch, *draws(batch)) for of in (model, Spoilt()))
+    assert torch.equal(spoilt.text_B, whole.text_B) and torch.equal(spoilt.patches_B, whole.patches_B)
 
 
 def test_each_modality_is_divided_by_the_whole_batchs_tokens_however_it_is_cut_up() -> None:

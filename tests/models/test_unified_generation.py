@@ -69,6 +69,17 @@ def test_what_is_written_is_what_the_whole_document_would_write(kind: str) -> No
             assert texts[row] == expected
 
 
+def test_chances_are_even_at_a_temperature_beyond_all_logits_and_the_likeliest_tokens_at_one_near_0() -> None:
+    model, tokens = MODELS["dense"], 256 + 1  # bytes, or the end
+    uniforms = torch.tensor([[3.5], [99.5], [256.5]], dtype=torch.float64) / tokens
+    assert write_texts(model, LAYOUT, BEGUN, 1, temperature=1e300, uniforms_BT=uniforms) == [[3], [99], []]
+    likeliest = write_texts(model, LAYOUT, BEGUN, 4)
+    # a chance of 0 is not drawn by a uniform of 0, and one that rounding leaves no sum to pass draws the likeliest
+    for temperature, uniform in ((1e-300, 0.0), (1e-300, 0.9), (1.0, 1 + 1e-9)):
+        uniforms = torch.full((3, 4), uniform, dtype=torch.float64)
+        assert write_texts(model, LAYOUT, BEGUN, 4, temperature=temperature, uniforms_BT=uniforms) == likeliest
+
+
 def test_a_row_is_written_the_same_whatever_is_beside_it() -> None:
     together = write_texts(MODELS["dense"], LAYOUT, BEGUN, 5)
     assert together == [write_texts(MODELS["dense"], LAYOUT, [document], 5)[0] for document in BEGUN]
@@ -130,7 +141,8 @@ def test_what_cannot_be_generated_is_refused() -> None:
         draw_images(model, LAYOUT, OBJECTIVE, BEGUN, noise)
     with pytest.raises(ValueError, match="max_tokens is 0"):
         write_texts(model, LAYOUT, BEGUN, 0)
-    with pytest.raises(ValueError, match="temperature is -1"):
-        write_texts(model, LAYOUT, BEGUN, 2, temperature=-1)
+    for temperature in (-1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"temperature is {temperature}: give 0 or more"):
+            write_texts(model, LAYOUT, BEGUN, 2, temperature=temperature)
     with pytest.raises(ValueError, match=r"temperature is 1, which needs uniforms_BT \(3, 2\)"):
         write_texts(model, LAYOUT, BEGUN, 2, temperature=1)

@@ -447,6 +447,7 @@ def test_a_private_stage_shows_raw_figures_to_the_operator_alone(
     rows = list(read_metrics(run.path / "finetune_dp"))
     shown = {name for row in rows if not row.get("operator_only") for name in row}
     assert shown == {"step", "loss", "epsilon", "images_per_s", "tflops", "mfu"}
+    assert [row["step"] for row in rows if "images_per_s" in row] == [3], "a step's time tells how many units it had"
     raw = {name for row in rows if row.get("operator_only") for name in row} - {"step", "operator_only"}
     counted = {"captions_truncated", "records_left_out", "documents_left_out"}
     assert raw == ({"text_loss", "patches_loss", "expert_load_cv", *counted} if operator else set())

@@ -1,6 +1,8 @@
 """Images and captions of a unified model: what they are functions of, and that an export gives the same ones."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -88,3 +90,26 @@ def test_another_tokenizer_than_the_model_was_trained_with_is_refused(tmp_path: 
     file.unlink()
     with pytest.raises(ExportError, match=r"tokenizer\.json"):
         load_export(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model": {"depth": 2}}, "config and weights are not of one model"),
+        ({"model": {"name": "gan"}}, "'gan'"),
+        ({"model": None}, "is no whole export"),
+        ({"objective": None}, "is no whole export"),
+        ({"objective": {"flow": 1}}, "flow"),
+    ],
+)
+def test_a_config_of_another_model_than_the_weights_is_refused(
+    tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    folder = export(tmp_path / "model", filled())
+    described = json.loads((folder / "config.json").read_bytes())
+    for name, section in changes.items():
+        described[name] = section and described[name] | section
+    (folder / "config.json").write_text(json.dumps(described))
+    with pytest.raises(ExportError, match=said) as caught:
+        load_export(folder)
+    assert str(folder) in str(caught.value)

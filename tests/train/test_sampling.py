@@ -90,6 +90,36 @@ def test_an_image_becomes_a_caption_that_can_do_a_terminal_no_harm(
     assert len(set(lines)) == 5 and all(line.startswith("a.png: ") and line.isprintable() for line in lines)
 
 
+def test_a_files_name_can_do_a_terminal_no_harm_either(
+    unified: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = picture(tmp_path / "a\x1b[31m\udcff.png")
+    assert main(["--model", unified, "--image", image, "--number", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and all(line.isprintable() and line.startswith("a\ufffd[31m\ufffd.png: ") for line in lines)
+
+
+def test_where_images_cannot_go_is_said_before_they_are_drawn(
+    unified: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("train.sampling.draw", lambda *_, **__: pytest.fail("drawn in vain"))
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.png").mkdir()
+    for out, said in (("file", "file"), ("file/sheet.png", "file"), ("folder.png", "folder"), ("a.jpg", "FILE.png")):
+        assert main(["--model", unified, "--prompt", "a", "--out", str(tmp_path / out)]) == 2
+        assert said in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.png"]
+
+
+def test_a_seed_has_64_bits(unified: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--model", unified, "--prompt", "a", "--steps", "1", "--out", str(tmp_path), "--seed"]
+    assert main([*asked, str(2**64 - 1)]) == 0
+    for seed in (-1, 2**64):
+        with pytest.raises(SystemExit) as caught:
+            main([*asked, str(seed)])
+        assert caught.value.code == 2 and f"{seed} is out of range" in capsys.readouterr().err
+
+
 def test_images_stand_where_the_prompt_says_and_either_comes_of_them(
     unified: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -133,6 +163,9 @@ def test_lines_of_the_standard_input_are_prompts(
     monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO("eins\n\nzwölf\n".encode())))
     assert main(asked) == 0
     assert len(list((tmp_path / "each").iterdir())) == 2
+    marked = "\ufeff" + "x" * MAX_TOKENS + "\r\n"  # a file as editors on Windows begin it; the mark is no word of it
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(marked.encode())))
+    assert main(asked) == 0
     monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(b"eins\nzw\xf6lf\n")))
     assert main(asked) == 2
     assert "prompt 2: the text is not valid UTF-8 at byte 2" in capsys.readouterr().err
@@ -206,3 +239,7 @@ def test_what_holds_no_model_is_refused(tmp_path: Path) -> None:
     for given in (str(tmp_path), f"{tmp_path}:pretrain"):
         with pytest.raises(ValueError, match="the run's finished stages with a model are none"):
             open_model(given)
+    for damaged in ("{", "{}", "[]"):
+        (tmp_path / "run.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"run\.json"):
+            open_model(str(tmp_path))
