@@ -208,7 +208,7 @@ _CURVES = {
 
 
 def plot_curves(folder: Path) -> Path | None:
-    """Draw loss, epsilon and throughput against steps into `curves.png`; those never logged are left out.
+    """Draw loss, epsilon and throughput against steps into `curves.png`; those of no two steps are left out.
 
     Returns the picture, or None where there is nothing to draw. Operator-only rows are not drawn.
     """
@@ -216,7 +216,7 @@ def plot_curves(folder: Path) -> Path | None:
     curves = {
         name: [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)] for name in _CURVES
     }
-    curves = {name: points for name, points in curves.items() if points}
+    curves = {name: points for name, points in curves.items() if len(points) > 1}
     if not curves:
         return None
     # the object interface and not pyplot: no global state, and no display is ever looked for

@@ -41,6 +41,7 @@ STANDING_CAVEATS: tuple[str, ...] = (
     "Hyper-parameters chosen by the user are assumed to come from public data.",
     "The guarantee is about the private split as it was filtered and fixed before the ledger opened: what the filter "
     "did to one record is taken not to depend on the others.",
+    "How long steps took is outside the guarantee: whoever saw it can tell larger batches from smaller ones.",
 )
 
 

@@ -202,10 +202,11 @@ def test_curves_are_drawn_of_what_was_logged(tmp_path: Path) -> None:
         two_width = two_panels.width
         assert np.asarray(two_panels.convert("L")).std() > 5
     with logger(tmp_path, resume_step=40) as metrics:
-        metrics.log(40, loss=float("nan"), images_per_s=10.0)
-    plot_curves(tmp_path)
-    with Image.open(path) as three_panels:
-        assert three_panels.width == two_width * 3 // 2
+        for step, panels in ((40, 2), (41, 3)):  # a curve takes two values
+            metrics.log(step, loss=float("nan"), images_per_s=10.0)
+            plot_curves(tmp_path)
+            with Image.open(path) as picture:
+                assert picture.width == two_width * panels // 2
 
 
 def test_importing_metrics_imports_neither_wandb_nor_matplotlib_nor_torch() -> None:
