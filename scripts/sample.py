@@ -38,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped: nothing more is written", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -35,7 +35,8 @@ class ImageError(ValueError):
 def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode wholly, with the orientation its metadata asks for.
 
-    Raises ImageError: "unknown_image_type", "too_many_pixels" (nothing was decoded) or "undecodable".
+    Raises ImageError: "unknown_image_type", "too_many_pixels", "unsupported_depth" (nothing was decoded) or
+    "undecodable".
     """
     with _refusals():
         image = _read_header(data, max_pixels)
@@ -105,6 +106,8 @@ def _read_header(data: bytes, max_pixels: int) -> Image.Image:
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     if image.width * image.height > max_pixels:
         raise ImageError("too_many_pixels")
+    if image.mode in ("I", "F"):  # 32 bits a value, of a range that no header tells: 0 to 1, to 255, to 2^31?
+        raise ImageError("unsupported_depth")
     return image
 
 
@@ -116,8 +119,8 @@ def _fit(image: Image.Image, height: int, width: int) -> Image.Image:
 
 def _flatten(image: Image.Image, channels: int) -> Image.Image:
     mode = {1: "L", 3: "RGB"}[channels]
-    if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion would clip it to 255
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    if image.mode.startswith("I;16"):  # Pillow's own conversion would clip it to 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)

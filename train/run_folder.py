@@ -82,7 +82,12 @@ class RunFolder:
     def read_manifest(self, stage: str) -> dict[str, Any] | None:
         """The manifest of `stage`; None where the stage is unfinished."""
         path = self.manifest_path(stage)
-        return _read_json(path) if path.exists() else None
+        if not path.exists():
+            return None
+        manifest = _read_json(path)
+        if manifest.get("stage") != stage:
+            raise RunFolderError(f"{path} is not the manifest of stage {stage}: restore it, or run the stage again")
+        return manifest
 
     def shards_root(self, stage: str) -> str | None:
         """The Merkle root over the shard manifests of a finished stage that filters or encodes; None for another."""

@@ -49,8 +49,8 @@ from train.source_config import (
 )
 
 REASONS = (
-    *SALVAGE_REASONS, "no_image", "empty_image", "unknown_image_type", "too_many_pixels", "undecodable", "bad_class",
-    "class_out_of_range", "bad_caption", "caption_too_long", "bad_unit", "unreadable_file",
+    *SALVAGE_REASONS, "no_image", "empty_image", "unknown_image_type", "too_many_pixels", "unsupported_depth",
+    "undecodable", "bad_class", "class_out_of_range", "bad_caption", "caption_too_long", "bad_unit", "unreadable_file",
 )  # fmt: skip
 MAX_CAPTION_BYTES = 1_000_000
 DIGITS_SPLITS: dict[Split, int] = {"test": 297, "public": 750, "private": 750}

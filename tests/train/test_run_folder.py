@@ -72,6 +72,14 @@ def test_a_finished_stage_is_known_by_its_manifest(run: RunFolder) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("content", ["{}", '{"stage": "filter"}', "[]", "{"])
+def test_a_manifest_that_is_not_the_stages_is_refused(run: RunFolder, content: str) -> None:
+    finish(run, PRETRAIN)
+    run.manifest_path("pretrain").write_text(content)
+    with pytest.raises(RunFolderError, match="manifest.json"):
+        run.read_manifest("pretrain")
+
+
 def test_a_stage_finished_at_another_world_size_is_finished(run: RunFolder) -> None:
     finish(run, PRETRAIN)
     assert run.finished(load_stage(PRETRAIN, ["parallel.nproc=1"]))

@@ -487,6 +487,8 @@ def test_records_a_tar_cannot_give_are_quarantined(tmp_path: Path) -> None:
         "bad_caption": {"e.png": grey(0), "e.txt": b"\xff\xfe"},
         "caption_too_long": {"f.png": grey(0), "f.txt": b"a cat " * 1_700_000},
         "too_many_pixels": {"g.png": claiming(21_000, 11_000)},
+        "unsupported_depth": {"l.png": encoded(Image.fromarray(np.full((4, 4), 0.5, np.float32)), "TIFF")},
+        "unsupported_depth ": {"m.png": encoded(Image.fromarray(np.full((4, 4), 2**31 - 1, np.int32)), "TIFF")},
         "unknown_image_type": {"h.png": b"\0\0\0\x18ftypheic"},
         "undecodable": {"i.png": grey(0, 64)[:60]},
         "bad_unit": {"j.png": grey(0), "j.json": b"[" * 100_000},
@@ -505,12 +507,13 @@ def test_records_a_tar_cannot_give_are_quarantined(tmp_path: Path) -> None:
         tar.addfile(link)
     metrics = ingest(tar_source(folder, max_quarantine_fraction=0.3), tmp_path / "out", lambda *_: None)
     assert metrics["quarantined"] == {
-        **dict.fromkeys(map(str.strip, bad), 1), "unsafe_path": 2, "bad_class": 2, "duplicate_key": 2, "not_a_file": 1,
+        **dict.fromkeys(map(str.strip, bad), 1), "unsafe_path": 2, "bad_class": 2, "unsupported_depth": 2, "duplicate_key": 2,
+        "not_a_file": 1,
     }  # fmt: skip
     assert metrics["splits"]["public"]["records"] == 59
     told = (tmp_path / "out" / "quarantine.jsonl").read_text()
     assert not any(word in told for word in ("etc", "READ", "ROE", "roe", "example"))
-    with pytest.raises(ValueError, match=r"17 of 76 records were quarantined \(bad_caption 1, bad_class 2"):
+    with pytest.raises(ValueError, match=r"19 of 78 records were quarantined \(bad_caption 1, bad_class 2"):
         ingest(tar_source(folder), tmp_path / "again", lambda *_: None)
 
 
