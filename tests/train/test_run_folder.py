@@ -76,7 +76,7 @@ def test_a_finished_stage_is_known_by_its_manifest(run: RunFolder) -> None:
 def test_a_manifest_that_is_not_the_stages_is_refused(run: RunFolder, content: str) -> None:
     finish(run, PRETRAIN)
     run.manifest_path("pretrain").write_text(content)
-    with pytest.raises(RunFolderError, match="manifest.json"):
+    with pytest.raises(RunFolderError, match=r"manifest\.json"):
         run.read_manifest("pretrain")
 
 
