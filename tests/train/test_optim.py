@@ -17,7 +17,7 @@ from train.optim import ExponentialMovingAverage
 from train.parallel import Backend, build_model, join_world
 from train.state import initialise
 
-CONFIG = DiTConfig(width=16, depth=1, heads=2, image_size=8, channels=1, num_classes=10)
+CONFIG = DiTConfig(width=8, depth=1, heads=2, image_size=8, channels=1, num_classes=10)
 CHARGE = Charge(seq=1, stage="finetune", step=3, attempt=0, event={}, hash="")
 NOISE = GaussianNoise(b"\x01" * 32, "finetune", "chacha20")
 
