@@ -86,7 +86,7 @@ def write_texts(
     if max_tokens < 1:
         raise ValueError(f"max_tokens is {max_tokens}: give at least 1")
     if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature is {temperature}: give 0 or more")
+        raise ValueError(f"temperature is {temperature}: give 0 or more, and finite")
     if temperature > 0 and (uniforms_BT is None or uniforms_BT.shape != (len(documents), max_tokens)):
         raise ValueError(f"temperature is {temperature}, which needs uniforms_BT ({len(documents)}, {max_tokens})")
     end = layout.tokenizer.special("end_text")

@@ -51,17 +51,27 @@ class RunFolder:
         """
         marker = path / "run.json"
         if marker.exists():
-            found = _read_json(marker)["recipe"]
-            if found != recipe:
+            found = cls.existing(path)
+            if found.recipe != recipe:
                 raise RunFolderError(
-                    f"{path} is a run of recipe {found}, not of {recipe}: give another --run-dir, or run recipe {found}"
+                    f"{path} is a run of recipe {found.recipe}, not of {recipe}: give another --run-dir, or run recipe "
+                    f"{found.recipe}"
                 )
-            return cls(path, recipe)
+            return found
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise RunFolderError(f"{path} holds something that is not a run (no run.json): give another --run-dir")
         path.mkdir(parents=True, exist_ok=True)
         identity = {"id": secrets.token_hex(6), "recipe": recipe}
         write_json(marker, {"format": FORMAT, **identity, "created": now(), "code_version": code_version()})
+        return cls(path, recipe)
+
+    @classmethod
+    def existing(cls, path: Path) -> RunFolder:
+        """Open the run that is in `path`, whatever its recipe."""
+        marker = path / "run.json"
+        recipe = _read_json(marker).get("recipe")
+        if not isinstance(recipe, str):
+            raise RunFolderError(f"{marker} names no recipe: restore it from a copy")
         return cls(path, recipe)
 
     @property

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import codecs
-import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -65,14 +64,9 @@ def open_model(given: str) -> Opened:
     if (Path(given) / "config.json").is_file():
         return _open_export(Path(given))
     path, _, stage = (given, "", "") if Path(given).exists() else given.rpartition(":")
-    marker = Path(path) / "run.json"
-    if not marker.is_file():
+    if not (Path(path) / "run.json").is_file():
         raise ValueError(f"--model is {given}: give a run folder, RUN:STAGE, or an exported folder (with config.json)")
-    try:
-        recipe = json.loads(marker.read_bytes())["recipe"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{marker} is no run's ({error!r}): restore it from a copy") from None
-    run = RunFolder.open(Path(path), recipe)
+    run = RunFolder.existing(Path(path))
     finished = [manifest for folder in sorted(run.path.iterdir()) if (manifest := run.read_manifest(folder.name))]
     fit = {
         manifest["stage"]: manifest
