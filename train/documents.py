@@ -14,6 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -136,7 +137,8 @@ class Documents(Batches):
             )
 
     def load(self, step: int, slots: Slots) -> Loaded:
-        units = [self._plan(step, slots_R[slots_R >= 0]) for slots_R in slots]
+        by_record = iter(self._plan(step, slots[slots >= 0]))
+        units = [list(chain.from_iterable(islice(by_record, num))) for num in (slots >= 0).sum(1).tolist()]
         if self.private:
             rows = rows_of_units([_lengths(unit) for unit in units], self.section.bounds or (self.section.row_tokens,))
             held = [[unit[place] for place in row.documents] for unit, row in zip(units, rows, strict=True)]
@@ -271,17 +273,18 @@ class Documents(Batches):
     def _num_patches(self, record: int) -> int:
         return math.prod(self._size(record)) // self.config.patch_size**2
 
-    def _plan(self, step: int, records: Indices) -> list[Planned]:
-        """The records' documents, in order."""
+    def _plan(self, step: int, records: Indices) -> list[list[Planned]]:
+        """Each record's documents."""
         dropout = self.stage.objective.label_dropout
         draws = self.draws(step, records.tolist(), (0,), 1)  # of K draws the first decides
-        planned = list[Planned]()
+        planned = list[list[Planned]]()
         for record, dropped in zip(records.tolist(), (draws.dropout < dropout).tolist(), strict=True):
-            num_patches = self._num_patches(record)
+            num_patches, of_record = self._num_patches(record), list[Planned]()
             for task in self.section.tasks if self.kept[record] >= 0 else ():
                 bare = dropped and task == "text_to_image"
                 length = self._length(task, 0 if bare else int(self.kept[record]), num_patches)
-                planned.append(Planned(record, task, bare, length))
+                of_record.append(Planned(record, task, bare, length))
+            planned.append(of_record)
         return planned
 
     def _counted(self, documents: Sequence[Planned], num_units: int) -> Totals:
