@@ -56,7 +56,9 @@ def test_pretraining_killed_in_mid_step_ends_bit_identical(unbroken: Path, tmp_p
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("place", ["ledger.synced@rank=0,step=7", "noise.added@rank=1,step=8"])
+@pytest.mark.parametrize(
+    "place", ["ledger.synced@rank=0,step=7", pytest.param("noise.added@rank=1,step=8", marks=pytest.mark.slow)]
+)
 def test_private_training_killed_in_mid_step_charges_its_replays(unbroken: Path, tmp_path: Path, place: str) -> None:
     run = tmp_path / "run"
     copy_of_inputs(unbroken, run, "ingest", "filter", "pretrain")
@@ -77,6 +79,7 @@ def test_private_training_killed_in_mid_step_charges_its_replays(unbroken: Path,
     assert report.spending.replayed == last - 4
 
 
+@pytest.mark.slow  # by default tests/scripts/test_launch.py alone interrupts a launch
 @pytest.mark.distributed
 def test_ctrl_c_saves_and_the_next_launch_goes_on(unbroken: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"

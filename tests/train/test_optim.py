@@ -33,6 +33,7 @@ def backend_with_gradients() -> tuple[Backend, ExponentialMovingAverage]:
     single = Parallel(backend="single")
     backend = build_model(lambda: DiT(CONFIG), join_world(), single, optim, microbatch_size=4, bf16=False)
     initialise(backend, 5)
+    backend.shards = backend.shards[::3]  # interpreted, the noise of each takes a second
     generator = torch.Generator().manual_seed(7)
     for shard in backend.shards:
         shard.holder.grad = torch.randn(shard.holder.shape, generator=generator)
@@ -45,7 +46,7 @@ def updated(kernels: dispatch.Choice, release: Release | None) -> dict[str, Tens
     backend.update(1e-2, release, average)
     backend.check_released(CHARGE.step)
     assert backend.num_updates == 1
-    assert all(float(state["step"]) == 1 for state in backend.optimizer.state.values())
+    assert all(float(backend.optimizer.state[shard.holder]["step"]) == 1 for shard in backend.shards)
     assert all(shard.holder.grad is None for shard in backend.shards)
     found = {f"{kind}.{shard.name}": state for kind, shard, state in backend.optimizer_tensors()}
     found |= {f"param.{shard.name}": shard.value for shard in backend.shards}

@@ -392,7 +392,7 @@ def test_a_slow_rank_is_named(folder: Path, screen: Screen) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("who", ["agent", "rank 0", pytest.param("rank 1", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_whoever_is_killed_or_told_to_stop_the_stage_goes_on(
     folder: Path, screen: Screen, who: str, number: signal.Signals
 ) -> None:
